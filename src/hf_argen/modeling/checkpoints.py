@@ -1,0 +1,133 @@
+"""Reading the authors' checkpoint files: tensors and plain values only, never code."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted; the message names the file or key and says what to do."""
+
+
+def read_checkpoint(path: str | Path, role: str, allowed_globals: Sequence[Callable] = ()) -> dict[str, Any]:
+    """
+    Reads one file, or a folder of safetensors files, as the authors wrote it.
+
+    Args:
+        path: `.safetensors` file, file written by `torch.save`, or folder with a safetensors index.
+        role: what the file is for, named in errors.
+        allowed_globals: classes that a pickle may hold besides tensors and plain values.
+
+    Returns:
+        The content, nested as in the file. Tensors of a `torch.save` archive are mapped from disk, not copied.
+
+    Raises:
+        ConversionError: missing, truncated, not a checkpoint, a pickle that holds code (which is never run).
+    """
+    path = Path(path)
+    what = f"The {role} file {str(path)!r}"
+    if not path.exists():
+        raise ConversionError(f"{what} does not exist; check the path.")
+    if path.is_dir():
+        return _read_folder(path, role)
+    if path.stat().st_size == 0:
+        raise ConversionError(f"{what} is empty; fetch it again.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, what)
+    content = _read_pickle(path, what, allowed_globals)
+    if not isinstance(content, Mapping):
+        raise ConversionError(
+            f"{what} holds a {type(content).__name__}, not a dict of tensors; give the file that holds the state dict."
+        )
+    return dict(content)
+
+
+def tensors_at(content: Mapping, path: Sequence[str], role: str, file: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict that lies at `path` (names of entries, none for the top) in the content of a file."""
+    what = f"The {role} file {str(file)!r}"
+    for depth, name in enumerate(path):
+        if not isinstance(content, Mapping) or name not in content:
+            raise ConversionError(f"{what} has no entry {' -> '.join(path[: depth + 1])}; {_entries(content)}.")
+        content = content[name]
+    strange = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    if strange or not content:
+        raise ConversionError(
+            f"{what} is not a plain dict of tensors; {_entries(content)}. Give the file that holds the weights alone, "
+            "or give this one in the role that reads nested checkpoints."
+        )
+    return dict(content)
+
+
+def _entries(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"there is a {type(content).__name__} in that place"
+    names = [str(name) for name in content]
+    if not names:
+        return "it is empty"
+    return f"its entries are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+
+
+def _read_folder(folder: Path, role: str) -> dict[str, torch.Tensor]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indexes) == 1:
+        try:
+            weight_map = json.loads(indexes[0].read_text())["weight_map"]
+            files = sorted({folder / Path(name).name for name in weight_map.values()})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f"The index {str(indexes[0])!r} of the {role} is damaged ({error}); fetch it again."
+            ) from error
+    elif indexes or len(files) != 1:
+        raise ConversionError(
+            f"The {role} folder {str(folder)!r} holds {len(indexes)} safetensors indexes and {len(files)} safetensors "
+            "files; give a folder with one of either, or the path of the file."
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        if not file.exists():
+            raise ConversionError(f"The {role} file {str(file)!r} does not exist, but the index names it; fetch it.")
+        tensors |= _read_safetensors(file, f"The {role} file {str(file)!r}")
+    return tensors
+
+
+def _read_safetensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConversionError(f"{what} is truncated or not a safetensors file ({error}); fetch it again.") from error
+
+
+def _read_pickle(path: Path, what: str, allowed_globals: Sequence[Callable]) -> Any:
+    is_archive = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        starts_as_archive = file.read(2) == b"PK"
+    if starts_as_archive and not is_archive:
+        raise ConversionError(f"{what} is truncated: its end is missing; fetch it again.")
+    try:
+        with torch.serialization.safe_globals(list(allowed_globals)):
+            # Only the archive format of torch.save can be mapped; older files are read into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise ConversionError(
+                f"{what} is a pickle that holds code ({code.group(1)}), and nothing of it was run; save its weights "
+                "as a plain dict of tensors where you trust the file."
+            ) from error
+        raise ConversionError(f"{what} is not a checkpoint written by torch.save, or it is damaged.") from error
+    except EOFError as error:
+        raise ConversionError(f"{what} is truncated; fetch it again.") from error
+    except (RuntimeError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(
+            f"{what} is damaged or not a checkpoint written by torch.save ({reason}); fetch it again."
+        ) from error
