@@ -1,0 +1,5 @@
+"""Key-value caches that decodings can fill, roll back and reorder."""
+
+from .preallocated import PreallocatedCache
+
+__all__ = ["PreallocatedCache"]

@@ -1,0 +1,165 @@
+"""What all decodings share: a name, a guarantee, storage in the generation configuration."""
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from ..predictors.base import Predictor
+from ..sampling import Generators
+
+
+class Guarantee(Enum):
+    """What a decoding promises about its output."""
+
+    EXACT = "exact"  # greedy output identical to plain decoding in float32
+    EXACT_IN_DISTRIBUTION = "exact in distribution"  # samples follow the model's own distribution
+    RELAXED = "relaxed"  # they do not; `knob` names the field that bounds the difference
+
+
+@dataclass
+class Edit:
+    """
+    A picture of which a part is kept while the rest is drawn anew.
+
+    Attributes:
+        ids: (batch, tokens) of the source picture.
+        keep: (batch, h, w) float32 on the last grid, 1 where the source is kept.
+    """
+
+    ids: torch.Tensor
+    keep: torch.Tensor
+
+
+@dataclass
+class Request:
+    """Everything that a decoding needs to serve one call of `generate`."""
+
+    model: Any
+    predictor: Predictor
+    inputs: dict[str, Any]
+    generation_config: GenerationConfig
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generator: Generators = None
+    streamer: BaseStreamer | None = None
+    edit: Edit | None = None
+    num_steps: int | None = None
+    wants_details: bool = False
+
+
+@dataclass
+class DecodingResult:
+    """
+    What a decoding hands back.
+
+    Attributes:
+        sequences: (batch, tokens) generated ids, or latents.
+        decodable: what the image tokenizer decodes to the pictures, when that is not `sequences`.
+        steps: decoding steps taken.
+        forward_calls: forward calls of the model, those of a drafter included.
+        details: further fields of the output.
+        is_finite: scalar bool tensor; False when the model produced NaN or infinity.
+    """
+
+    sequences: torch.Tensor
+    decodable: torch.Tensor | None
+    steps: int
+    forward_calls: int
+    is_finite: torch.Tensor
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Decoding(ABC):
+    """
+    Base of all decodings. A subclass is a dataclass in a file of its own; its fields are its options.
+
+    Class attributes:
+        guarantee: see [`Guarantee`].
+        knob: for relaxed decodings, the option that bounds the difference.
+        predictor_class: the kind of predictor that it drives; a model fits when its own is of that kind.
+    """
+
+    guarantee: ClassVar[Guarantee]
+    knob: ClassVar[str | None] = None
+    predictor_class: ClassVar[type[Predictor]]
+
+    @abstractmethod
+    def run(self, request: Request) -> DecodingResult:
+        """Serves one request."""
+
+    @classmethod
+    def type_name(cls) -> str:
+        """The name under which the decoding is asked for and stored: the class name in snake case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @classmethod
+    def fits(cls, model: Any) -> bool:
+        """Whether `model` can be decoded this way."""
+        predictor_class = getattr(model, "predictor_class", None)
+        return predictor_class is not None and issubclass(predictor_class, cls.predictor_class)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form: the type and those options that differ from their defaults; plain JSON values."""
+        options = {
+            f.name: self._stored(f.name, getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != (f.default_factory() if callable(f.default_factory) else f.default)
+        }
+        return {"type": self.type_name(), **options}
+
+    def _stored(self, name: str, value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """
+        The decoding that `to_dict` wrote.
+
+        Raises:
+            ValueError: unknown type or option.
+        """
+        from . import by_name
+
+        options = dict(stored)
+        decoding_class = by_name(options.pop("type", None))
+        known = [f.name for f in dataclasses.fields(decoding_class)]
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(
+                f"{decoding_class.__name__} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
+            )
+        return decoding_class(**options)
+
+    @classmethod
+    def from_config(cls, generation_config: GenerationConfig) -> Self | None:
+        """The decoding stored in a generation configuration, or `None`."""
+        stored = getattr(generation_config, "decoding", None)
+        return None if stored is None else resolve(stored)
+
+    def store(self, generation_config: GenerationConfig) -> None:
+        """Makes this the decoding that a model with this generation configuration uses, also after saving."""
+        generation_config.decoding = self.to_dict()
+
+
+def resolve(decoding: "Decoding | dict[str, Any] | str") -> Decoding:
+    """
+    A decoding from what users write: an instance, its stored dict or its name.
+
+    Raises:
+        ValueError: unknown name or option.
+        TypeError: none of these.
+    """
+    if isinstance(decoding, Decoding):
+        return decoding
+    if isinstance(decoding, str):
+        return Decoding.from_dict({"type": decoding})
+    if isinstance(decoding, dict):
+        return Decoding.from_dict(decoding)
+    raise TypeError(f"decoding is a {type(decoding).__name__}; give a Decoding, its name or its stored dict.")

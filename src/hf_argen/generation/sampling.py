@@ -1,0 +1,128 @@
+"""
+The primitives through which all randomness of generation passes.
+
+A test can put another source in their place ([`randomness`]), for example one that follows every branch of the
+random choices with its weight, and so prove a decoding exact in distribution.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the whole batch, or one per row (then a row's draws do not depend on the batch around it)."""
+
+
+class Randomness(Protocol):
+    """A source of random choices."""
+
+    def categorical(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor: ...
+
+    def bernoulli(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor: ...
+
+    def gumbel(self, like: torch.Tensor, generator: Generators) -> torch.Tensor: ...
+
+    def uniform(self, choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor: ...
+
+
+class TorchRandomness:
+    """Draws from torch's generators."""
+
+    @staticmethod
+    def _exponential(like: torch.Tensor, generator: Generators) -> torch.Tensor:
+        noise = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if isinstance(generator, Sequence):
+            for row, row_generator in zip(noise, generator, strict=True):
+                row.exponential_(generator=row_generator)
+            return noise
+        return noise.exponential_(generator=generator)
+
+    def categorical(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
+        # The exponential race: what torch.multinomial does for one sample, so that seeds agree with it on the CPU.
+        return torch.argmax(probs / self._exponential(probs, generator), dim=-1)
+
+    def bernoulli(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
+        uniform = torch.empty_like(probs, memory_format=torch.contiguous_format)
+        if isinstance(generator, Sequence):
+            for row, row_generator in zip(uniform, generator, strict=True):
+                row.uniform_(generator=row_generator)
+        else:
+            uniform.uniform_(generator=generator)
+        return uniform < probs
+
+    def gumbel(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
+        return -self._exponential(like, generator).log()
+
+    def uniform(self, choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:
+        probs = torch.full((choices,), 1 / choices, device=device)
+        if isinstance(generator, Sequence):
+            return torch.cat([torch.multinomial(probs, 1, True, generator=one) for one in generator])
+        return torch.multinomial(probs, count, True, generator=generator)
+
+
+_source: ContextVar[Randomness] = ContextVar("hf_argen_randomness", default=TorchRandomness())
+
+
+@contextmanager
+def randomness(source: Randomness) -> Iterator[Randomness]:
+    """Within the `with` block, `source` makes all random choices of generation."""
+    token = _source.set(source)
+    try:
+        yield source
+    finally:
+        _source.reset(token)
+
+
+def categorical(probs: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """
+    One draw from each distribution.
+
+    Args:
+        probs: (batch, ..., choices) float32, each row of the last dimension a distribution.
+        generator: one, or one per row of the batch; `None` is torch's global one.
+
+    Returns:
+        (batch, ...) int64.
+    """
+    return _source.get().categorical(probs, generator)
+
+
+def bernoulli(probs: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """One yes-or-no draw for each probability in `probs` (batch, ...) float32; bool of the same shape."""
+    return _source.get().bernoulli(probs, generator)
+
+
+def gumbel(like: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Standard Gumbel noise, shape and dtype of `like` (batch, ...)."""
+    return _source.get().gumbel(like, generator)
+
+
+def uniform(choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:
+    """`count` draws, one per row of the batch, from 0 to `choices` - 1 with equal probability; (count,) int64."""
+    return _source.get().uniform(choices, count, generator, device)
+
+
+def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: Generators = None) -> torch.Tensor:
+    """A relaxed one-hot draw (arXiv 1611.01144): softmax((logits + Gumbel noise) / temperature), shape of `logits`."""
+    return ((logits + gumbel(logits, generator)) / temperature).softmax(dim=-1)
+
+
+def snapshot(generator: Generators, device: torch.device) -> torch.Tensor | list[torch.Tensor]:
+    """The state of the generators, for [`rewind`]; of the global one of `device` if there are none."""
+    if isinstance(generator, Sequence):
+        return [row_generator.get_state() for row_generator in generator]
+    if generator is not None:
+        return generator.get_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def rewind(generator: Generators, state: torch.Tensor | list[torch.Tensor]) -> None:
+    """Puts generators back into the state that [`snapshot`] took."""
+    if isinstance(generator, Sequence):
+        for row_generator, row_state in zip(generator, state, strict=True):
+            row_generator.set_state(row_state)
+    elif generator is not None:
+        generator.set_state(state)

@@ -1,0 +1,86 @@
+"""Base classes of all families."""
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig
+
+from . import conversion
+from .loading import StrictPreTrainedModel
+
+
+class ArgenPreTrainedModel(StrictPreTrainedModel):
+    """
+    A family's `PreTrainedModel`: strict loading and conversion of the authors' checkpoints.
+
+    The folder of a family holds `convert_<family>.py` and `presets.json` beside the modeling file; that is where
+    `from_original` looks.
+    """
+
+    # The training loss is a mean over tokens, so gradient accumulation has to divide by the number of steps.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def from_original(cls, source: str, variant: str | None = None, **kwargs: Any) -> Self:
+        """
+        Fetches a checkpoint that the authors published and converts it.
+
+        Args:
+            source: the authors' Hub repository, for example `"FoundationVision/var"`, or the name of a preset.
+            variant: which of the repository's checkpoints, for example `"d16"`.
+            kwargs: `cache_dir`, `token`, `revision`, `local_files_only` and so on for the download.
+
+        Raises:
+            ValueError: no preset of this family has that source and variant (the message lists them), or a file does
+                not fit.
+        """
+        package = cls.__module__.rsplit(".", 1)[0]
+        model = conversion.convert_from_hub(package, source, variant, **kwargs)
+        if not isinstance(model, cls):
+            raise ValueError(f"{source!r} ({variant}) converts to {type(model).__name__}, not to {cls.__name__}.")
+        return model
+
+
+class ImageModelMixin:
+    """What the image families share: a frozen visual tokenizer and the way from tokens to pictures."""
+
+    def build_image_tokenizer(self, config: PreTrainedConfig | None) -> nn.Module | None:
+        """The tokenizer that a sub-configuration describes; it is not trained along with the model."""
+        if config is None:
+            return None
+        return AutoModel.from_config(config).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.eval()  # its statistics and dropout belong to its own training
+        return self
+
+    def check_image_tokenizer(self) -> nn.Module:
+        """The visual tokenizer, or an error that says how to get one."""
+        if self.image_tokenizer is None:
+            raise ValueError(
+                f"This {type(self).__name__} was built without image tokenizer; give its configuration an "
+                "image_tokenizer_config."
+            )
+        return self.image_tokenizer
+
+    @torch.no_grad()
+    def decode_images(self, sequences: torch.Tensor) -> torch.Tensor:
+        """
+        Generated tokens to pictures.
+
+        Args:
+            sequences: ids (batch, tokens), or latents in the form that the tokenizer decodes.
+
+        Returns:
+            (batch, channels, height, width) float32 in [0, 1].
+        """
+        pixels = self.check_image_tokenizer().decode(sequences)
+        return pixels.float().add(1).mul(0.5)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pictures (batch, channels, height, width) in [-1, 1] to tokens."""
+        return self.check_image_tokenizer().encode(pixel_values)

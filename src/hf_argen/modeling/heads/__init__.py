@@ -1,0 +1,1 @@
+"""Heads: from a hidden state to a distribution of the next token."""

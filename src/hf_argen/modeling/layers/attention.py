@@ -1,0 +1,58 @@
+"""Attention through transformers' interface, so that every `attn_implementation` works in every family."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention; query, key and value are (batch, heads, length, head_dim), the mask is additive."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attention_function(implementation: str) -> Callable:
+    """The function behind `config._attn_implementation`; returns outputs as (batch, length, heads, head_dim)."""
+    return eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def block_index(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """Index of the block that each token belongs to, (sum(lengths),) int64."""
+    blocks = torch.arange(len(lengths), device=device)
+    return torch.repeat_interleave(blocks, torch.tensor(lengths, device=device), output_size=sum(lengths))
+
+
+def block_causal_mask(
+    lengths: list[int], dtype: torch.dtype, device: torch.device, first_query: int = 0
+) -> torch.Tensor | None:
+    """
+    Additive mask (1, 1, queries, keys) under which a token sees its own block and all blocks before it.
+
+    Args:
+        lengths: tokens per block, in order; the keys are all of them.
+        first_query: index of the block at which the queries start.
+
+    Returns:
+        `None` when nothing would be masked, which lets attention kernels take their fast path.
+    """
+    if first_query == len(lengths) - 1:
+        return None
+    block = block_index(lengths, device)
+    hidden = block[sum(lengths[:first_query]) :, None] < block[None, :]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]

@@ -1,0 +1,49 @@
+"""Adaptive layer norm: a condition vector scales, shifts and gates the blocks of a transformer (arXiv 2212.09748)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def modulated_norm(
+    hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Layer norm without weights of its own, then * (1 + scale) + shift; scale and shift are (batch, 1, hidden)."""
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
+    return normed * (scale + 1) + shift
+
+
+class AdaLNModulation(nn.Module):
+    """Condition (batch, hidden) to `num_chunks` vectors, (batch, num_chunks, hidden), by SiLU and one linear layer."""
+
+    def __init__(self, condition_size: int, hidden_size: int, num_chunks: int):
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(condition_size, num_chunks * hidden_size)
+
+    def forward(self, condition: torch.Tensor) -> torch.Tensor:
+        return self.linear(F.silu(condition)).unflatten(-1, (self.num_chunks, -1))
+
+
+class AdaLNTable(nn.Module):
+    """A layer's own offsets (num_chunks, hidden) to a modulation that all layers share."""
+
+    def __init__(self, hidden_size: int, num_chunks: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_chunks, hidden_size))
+
+    def forward(self, shared: torch.Tensor) -> torch.Tensor:
+        return self.table + shared
+
+
+class AdaLNOutput(nn.Module):
+    """The norm in front of a head, scaled and shifted by the condition; float32 inside."""
+
+    def __init__(self, condition_size: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.linear = nn.Linear(condition_size, 2 * hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.linear(F.silu(condition)).float().unsqueeze(1).chunk(2, dim=-1)
+        return modulated_norm(hidden_states.float(), scale, shift, self.eps).to(condition.dtype)

@@ -1,0 +1,97 @@
+"""Strict `from_pretrained`, shared by the families and the visual tokenizers.
+
+transformers fills a parameter that a checkpoint lacks with random numbers and only warns. A generator with a random
+layer draws plausible nonsense, so our classes refuse such a checkpoint instead.
+"""
+
+import json
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+
+class StrictLoadingMixin:
+    """Puts a strict `from_pretrained` in front of [`~transformers.PreTrainedModel.from_pretrained`]."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, strict: bool = True, **kwargs: Any
+    ) -> Self | tuple[Self, dict]:
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but weights and configuration must fit this class.
+
+        Args:
+            pretrained_model_name_or_path: Hub repository or folder.
+            strict: `False` gives transformers' behaviour: missing weights are drawn at random, superfluous ones are
+                dropped, and both are only warned about.
+            kwargs: as in transformers (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
+                `revision`, ...).
+
+        Raises:
+            ValueError: the folder holds another model type; a weight is missing, superfluous or misshapen; a file is
+                damaged.
+        """
+        name = str(pretrained_model_name_or_path)
+        if not strict:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        cls._check_model_type(pretrained_model_name_or_path, kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Collected and reported below together with missing and superfluous keys, rather than one at a time.
+        ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {name!r} cannot be read ({error}); the file is damaged or incomplete: fetch it again."
+            ) from error
+        mismatched = [] if ignore_mismatched else info.get("mismatched_keys", [])
+        problems = _describe(info.get("missing_keys", []), info.get("unexpected_keys", []), mismatched)
+        if problems:
+            raise ValueError(
+                f"The weights of {name!r} do not fit {cls.__name__}: {problems}. Load the checkpoint with the class "
+                "that wrote it, or pass strict=False to accept random or dropped weights."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_model_type(cls, source, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("config") is not None or source is None:
+            return
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+        try:
+            found, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"config.json of {str(source)!r} is not JSON ({error}).") from error
+        found_type = found.get("model_type")
+        if found_type is not None and found_type != cls.config_class.model_type:
+            raise ValueError(
+                f"{str(source)!r} holds a model of type {found_type!r}, but {cls.__name__} loads "
+                f"{cls.config_class.model_type!r}; use the class for {found_type!r} or an Auto class."
+            )
+
+
+def _describe(missing, unexpected, mismatched, most: int = 3) -> str:
+    """The keys that do not fit, at most `most` of a kind, as one clause."""
+
+    def named(kind: str, keys: list[str]) -> str:
+        more = f" and {len(keys) - most} more" if len(keys) > most else ""
+        return f"{kind} {', '.join(keys[:most])}{more}"
+
+    shapes = [
+        f"{key[0]} (file {tuple(key[1])}, model {tuple(key[2])})" if isinstance(key, tuple | list) else str(key)
+        for key in mismatched
+    ]
+    groups = (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", shapes))
+    return "; ".join(named(kind, keys) for kind, keys in groups if keys)
+
+
+class StrictPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+    """A [`~transformers.PreTrainedModel`] whose `from_pretrained` is strict."""

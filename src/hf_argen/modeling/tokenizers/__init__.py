@@ -1,0 +1,1 @@
+"""Visual tokenizers, one folder each."""

@@ -1,0 +1,91 @@
+"""Configuration of the multi-scale residual VQ-VAE."""
+
+from transformers import PreTrainedConfig
+
+
+class MultiScaleVQConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MultiScaleVQModel`], the visual tokenizer of VAR (arXiv 2404.02905). The defaults are those of
+    the released tokenizer `vae_ch160v4096z32.pth`.
+
+    Args:
+        codebook_size: number of codes V, shared by all scales.
+        latent_channels: channels of the latent map and of each code.
+        base_channels: width of the first level of encoder and decoder.
+        channel_multiplier: width of each level in units of `base_channels`; its length fixes the downsampling factor
+            2 ** (levels - 1).
+        num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
+        norm_num_groups, norm_eps: of every group norm.
+        dropout: inside the residual blocks, in training.
+        in_channels: channels of the picture.
+        attention_at_lowest: self-attention at the lowest resolution and in the middle.
+        patch_nums: side of the token grid of each scale, from coarse to fine; `n` stands for `[n, n]`.
+        num_residual_convs: convolutions phi that follow the upsampling of a scale: 0 for none, 1 shared by all
+            scales, the number of scales for one each, anything between for partial sharing.
+        residual_conv_ratio: share r of phi(h) = (1 - r) h + r conv(h).
+        normalize_codes: nearest code by cosine instead of Euclidean distance.
+        quant_conv_kernel_size: kernel of the convolutions before and after quantization.
+        commitment_loss_weight: weight beta of the commitment term of the training loss.
+        initializer_range: standard deviation of the codebook at initialisation.
+    """
+
+    model_type = "multiscale_vq"
+
+    codebook_size: int = 4096
+    latent_channels: int = 32
+    base_channels: int = 160
+    channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    in_channels: int = 3
+    attention_at_lowest: bool = True
+    patch_nums: list | tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    num_residual_convs: int = 4
+    residual_conv_ratio: float = 0.5
+    normalize_codes: bool = False
+    quant_conv_kernel_size: int = 3
+    commitment_loss_weight: float = 0.25
+    initializer_range: float = 0.2
+
+    def __post_init__(self, **kwargs):
+        self.channel_multiplier = list(self.channel_multiplier)
+        self.patch_nums = normalize_patch_nums(self.patch_nums)
+        if not 0.0 <= self.residual_conv_ratio <= 1.0:
+            raise ValueError(f"residual_conv_ratio is {self.residual_conv_ratio}; it must lie in [0, 1].")
+        for multiplier in self.channel_multiplier:
+            if (self.base_channels * multiplier) % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups={self.norm_num_groups} does not divide the width "
+                    f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
+                )
+        super().__post_init__(**kwargs)
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels per side of one cell of the last grid."""
+        return 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the token grid of each scale."""
+        return grid_sizes(self.patch_nums)
+
+
+def normalize_patch_nums(patch_nums) -> list[int | list[int]]:
+    """Checks a list of scales and brings it into the form that is stored: `n` for a square grid, `[h, w]` otherwise."""
+    scales: list[int | list[int]] = []
+    for patch_num in patch_nums:
+        height, width = (patch_num, patch_num) if isinstance(patch_num, int) else (int(n) for n in patch_num)
+        if height < 1 or width < 1:
+            raise ValueError(f"patch_nums holds the scale {patch_num}; every side must be at least 1.")
+        scales.append(height if height == width else [height, width])
+    if not scales:
+        raise ValueError("patch_nums is empty; give the side of at least one token grid.")
+    return scales
+
+
+def grid_sizes(patch_nums) -> list[tuple[int, int]]:
+    """(height, width) of each scale of a list in which `n` stands for `[n, n]`."""
+    return [(n, n) if isinstance(n, int) else (n[0], n[1]) for n in patch_nums]

@@ -1,0 +1,169 @@
+"""Multi-scale residual VQ-VAE: a picture as token grids from coarse to fine (VAR, arXiv 2404.02905, section 3.2)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from ...layers.convolution import ConvDecoder, ConvEncoder
+from ...loading import StrictPreTrainedModel
+from .configuration_multiscale_vq import MultiScaleVQConfig, grid_sizes
+from .quantizer import MultiScaleQuantizer, ResidualConv
+
+
+@dataclass
+class MultiScaleVQOutput(ModelOutput):
+    """
+    Output of the training pass of [`MultiScaleVQModel`].
+
+    Attributes:
+        loss: reconstruction plus quantization loss, scalar float32.
+        reconstruction: decoded picture (batch, channels, height, width), not clamped; gradients pass straight
+            through the quantizer.
+        reconstruction_loss: mean squared error of the picture.
+        quantization_loss: mean over the scales of commitment and codebook terms.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    quantization_loss: torch.FloatTensor | None = None
+
+
+class MultiScaleVQModel(StrictPreTrainedModel):
+    """
+    The visual tokenizer of VAR (arXiv 2404.02905).
+
+    The encoder's latent map is explained by a sum of upsampled code maps, one per scale of `config.patch_nums`; the
+    ids of all scales, coarse to fine and row by row inside a scale, are the tokens.
+    """
+
+    config: MultiScaleVQConfig
+    config_class = MultiScaleVQConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+    _no_split_modules = ["ResnetBlock", "SpatialAttention", "MultiScaleQuantizer"]
+
+    def __init__(self, config: MultiScaleVQConfig):
+        super().__init__(config)
+        shape = {
+            "base_channels": config.base_channels,
+            "channel_multiplier": config.channel_multiplier,
+            "num_res_blocks": config.num_res_blocks,
+            "attention_at_lowest": config.attention_at_lowest,
+            "norm_num_groups": config.norm_num_groups,
+            "norm_eps": config.norm_eps,
+            "dropout": config.dropout,
+        }
+        kernel = config.quant_conv_kernel_size
+        latent = config.latent_channels
+        self.encoder = ConvEncoder(config.in_channels, latent, **shape)
+        self.quant_conv = nn.Conv2d(latent, latent, kernel, padding=kernel // 2)
+        self.quantizer = MultiScaleQuantizer(config)
+        self.post_quant_conv = nn.Conv2d(latent, latent, kernel, padding=kernel // 2)
+        self.decoder = ConvDecoder(latent, config.in_channels, **shape)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MultiScaleQuantizer):
+            init.zeros_(module.code_usage)
+        elif isinstance(module, ResidualConv):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+    def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels (batch, channels, H, W) in [-1, 1] to the latent map (batch, latent_channels, h, w) before quantization."""
+        self._check_pixels(pixel_values)
+        return self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype)))
+
+    def encode(self, pixel_values: torch.Tensor, patch_nums: list | None = None) -> torch.LongTensor:
+        """
+        Tokenizes pictures.
+
+        Args:
+            pixel_values: (batch, channels, H, W) in [-1, 1]; H and W are multiples of the downsampling factor and
+                the resulting latent map has the size of the last scale.
+            patch_nums: scales to use instead of `config.patch_nums`, `n` or `[h, w]` each; lets the tokenizer handle
+                pictures of another size or shape.
+
+        Returns:
+            ids (batch, tokens) int64, the grids of all scales one after another.
+
+        Raises:
+            ValueError: the number of channels or the size of the picture does not fit.
+        """
+        grids = self._grids(patch_nums)
+        self._check_size(pixel_values, grids)
+        return self.quantizer.quantize(self.encode_latents(pixel_values), grids)[0]
+
+    def decode(self, codes: torch.Tensor, patch_nums: list | None = None) -> torch.Tensor:
+        """
+        Ids (batch, tokens), or a summed feature map (batch, latent_channels, h, w), to pixels.
+
+        Returns:
+            (batch, channels, H, W) in [-1, 1], in the dtype of the decoder.
+
+        Raises:
+            ValueError: ids outside the codebook or of the wrong number.
+        """
+        if not codes.is_floating_point():
+            codes = self.quantizer.feature_maps(codes, self._grids(patch_nums))[-1]
+        codes = codes.to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(codes)).clamp(-1, 1)
+
+    def reconstruct(self, pixel_values: torch.Tensor, patch_nums: list | None = None) -> torch.Tensor:
+        """`decode(encode(pixel_values))`: what remains of the picture after tokenization, in [-1, 1]."""
+        return self.decode(self.encode(pixel_values, patch_nums), patch_nums)
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None
+    ) -> MultiScaleVQOutput | tuple:
+        """
+        Training pass: reconstruction through the quantizer with straight-through gradients.
+
+        Args:
+            pixel_values: (batch, channels, H, W) in [-1, 1].
+            return_loss: also compute the losses.
+        """
+        latents = self.encode_latents(pixel_values)
+        feature_map, quantization_loss = self.quantizer(latents.float())
+        reconstruction = self.decoder(self.post_quant_conv(feature_map.to(latents.dtype)))
+        output = MultiScaleVQOutput(reconstruction=reconstruction, quantization_loss=quantization_loss)
+        if return_loss:
+            output.reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
+            output.loss = output.reconstruction_loss + quantization_loss
+        return output if return_dict is not False else output.to_tuple()
+
+    def _grids(self, patch_nums: list | None) -> list[tuple[int, int]]:
+        return self.config.grid_sizes if patch_nums is None else grid_sizes(patch_nums)
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"pixel_values have the shape {tuple(pixel_values.shape)}; expected (batch, "
+                f"{self.config.in_channels}, height, width)."
+            )
+
+    def _check_size(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> None:
+        self._check_pixels(pixel_values)
+        factor = self.config.downsampling_factor
+        expected = (grids[-1][0] * factor, grids[-1][1] * factor)
+        if tuple(pixel_values.shape[-2:]) != expected:
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; the last scale "
+                f"{grids[-1]} needs {expected[0]}x{expected[1]}: resize the picture or pass other patch_nums."
+            )

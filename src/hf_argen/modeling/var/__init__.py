@@ -1,0 +1,1 @@
+"""VAR: visual autoregressive modeling by next-scale prediction (arXiv 2404.02905)."""

@@ -1,0 +1,121 @@
+"""Configuration of VAR."""
+
+from dataclasses import field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..tokenizers.multiscale_vq.configuration_multiscale_vq import (
+    MultiScaleVQConfig,
+    grid_sizes,
+    normalize_patch_nums,
+)
+
+
+def as_config(value: Any, default: type[PreTrainedConfig] | None = None) -> PreTrainedConfig | None:
+    """A sub-configuration from what config.json holds: a dict names its class by `model_type`."""
+    if value is None or isinstance(value, PreTrainedConfig):
+        return value
+    value = dict(value)
+    model_type = value.pop("model_type", default.model_type if default else None)
+    if model_type is None:
+        raise ValueError(f"The sub-configuration {value} names no model_type.")
+    return AutoConfig.for_model(model_type, **value)
+
+
+class VarConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VarForImageGeneration`] (VAR, arXiv 2404.02905). The defaults are the released d16 model.
+
+    Args:
+        image_tokenizer_config: configuration of the visual tokenizer, by default that of the released one; `None`
+            builds a model without tokenizer, which then has to be driven by one that has it.
+        vocab_size, codebook_dim, patch_nums: codebook and scales; taken from the tokenizer where not given.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: the transformer.
+        hidden_act: activation of the feed-forward blocks.
+        layer_norm_eps: of all norms.
+        hidden_dropout, attention_dropout, drop_path_rate: in training; the drop path grows linearly with depth.
+        use_qk_norm: cosine attention with a learned temperature per head; otherwise dot products are scaled by
+            0.25 / sqrt(head_dim), as in the authors' code.
+        shared_adaln: all blocks share one modulation and add a table of their own.
+        condition_type: "class" or "text".
+        num_classes: classes of a class-conditional model; the null class of guidance comes after them.
+        text_embed_dim: width of the pooled text embedding of a text-conditional model.
+        text_encoder_config: configuration of a text encoder inside the model (any encoder of transformers); `None`
+            when embeddings are given as `prompt_embeds`.
+        condition_dropout: share of training rows whose condition is replaced by the null condition.
+        condition_dropout_in_eval: also in evaluation mode, as the authors' code does.
+        label_smoothing: of the training loss.
+        initializer_range: standard deviation of the weights; `None` for sqrt(1 / (3 hidden_size)).
+    """
+
+    model_type = "var"
+    sub_configs = {"image_tokenizer_config": MultiScaleVQConfig, "text_encoder_config": AutoConfig}
+
+    image_tokenizer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    vocab_size: int | None = None
+    codebook_dim: int | None = None
+    patch_nums: list | tuple | None = None
+    hidden_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    use_qk_norm: bool = True
+    shared_adaln: bool = False
+    condition_type: str = "class"
+    num_classes: int = 1000
+    text_embed_dim: int | None = None
+    text_encoder_config: dict | PreTrainedConfig | None = None
+    condition_dropout: float = 0.1
+    condition_dropout_in_eval: bool = False
+    label_smoothing: float = 0.0
+    initializer_range: float | None = None
+
+    def __post_init__(self, **kwargs):
+        self.image_tokenizer_config = as_config(self.image_tokenizer_config, MultiScaleVQConfig)
+        self.text_encoder_config = as_config(self.text_encoder_config)
+        self._complete_from_tokenizer()
+        self.patch_nums = normalize_patch_nums(self.patch_nums)
+        self._complete_text()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
+            )
+        super().__post_init__(**kwargs)
+
+    def _complete_from_tokenizer(self) -> None:
+        tokenizer = self.image_tokenizer_config
+        names = {"vocab_size": "codebook_size", "codebook_dim": "latent_channels", "patch_nums": "patch_nums"}
+        for name, tokenizer_name in names.items():
+            if getattr(self, name) is None:
+                if tokenizer is None:
+                    raise ValueError(f"Without image_tokenizer_config, {name} has to be given.")
+                setattr(self, name, getattr(tokenizer, tokenizer_name))
+
+    def _complete_text(self) -> None:
+        if self.condition_type not in ("class", "text"):
+            raise ValueError(f"condition_type is {self.condition_type!r}; it must be 'class' or 'text'.")
+        if self.condition_type == "text" and self.text_embed_dim is None:
+            if self.text_encoder_config is None:
+                raise ValueError("A text-conditional model needs text_embed_dim or text_encoder_config.")
+            self.text_embed_dim = self.text_encoder_config.hidden_size
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the token grid of each scale."""
+        return grid_sizes(self.patch_nums)
+
+    @property
+    def scale_lengths(self) -> list[int]:
+        """Tokens of each scale."""
+        return [height * width for height, width in self.grid_sizes]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads

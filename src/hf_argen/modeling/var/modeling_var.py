@@ -1,0 +1,445 @@
+"""VAR: next-scale prediction over the token grids of a multi-scale VQ-VAE (arXiv 2404.02905)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from ...generation.mixin import ImageGenerationMixin
+from ...generation.predictors.next_scale import NextScalePredictor
+from ..base import ArgenPreTrainedModel, ImageModelMixin
+from ..heads.categorical import CategoricalHead
+from ..layers.attention import attention_function, block_causal_mask, block_index
+from ..layers.drop_path import DropPath
+from ..layers.mlp import MLP
+from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
+from .configuration_var import VarConfig
+
+NUM_MODULATIONS = 6  # gates, scales and shifts of the attention and the feed-forward block
+
+
+@dataclass
+class VarOutput(ModelOutput):
+    """
+    Output of the teacher-forced pass.
+
+    Attributes:
+        loss: mean cross-entropy over tokens and batch, scalar float32.
+        logits: (batch, tokens, vocab_size) float32; position i is the prediction of token i.
+        hidden_states: with `output_hidden_states`, the input of the first layer and the output of every layer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class VarAttention(nn.Module):
+    """Multi-head self-attention; with `use_qk_norm`, cosine similarities times a learned factor per head."""
+
+    MAX_LOGIT_SCALE = math.log(100)
+
+    def __init__(self, config: VarConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.is_causal = False  # the block-causal mask is explicit
+        self.scaling = 1.0 if config.use_qk_norm else 0.25 / math.sqrt(self.head_dim)
+        if config.use_qk_norm:
+            self.logit_scale = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            proj(hidden_states).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.use_qk_norm:
+            factor = self.logit_scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
+            query = F.normalize(query, dim=-1) * factor
+            key = F.normalize(key, dim=-1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attended, _ = attention_function(self.config._attn_implementation)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        return self.dropout(self.o_proj(attended.flatten(2)))
+
+
+class VarLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each normalised, modulated and gated by the condition."""
+
+    def __init__(self, config: VarConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.eps = config.layer_norm_eps
+        hidden = config.hidden_size
+        if config.shared_adaln:
+            self.modulation = AdaLNTable(hidden, NUM_MODULATIONS)
+        else:
+            self.modulation = AdaLNModulation(hidden, hidden, NUM_MODULATIONS)
+        self.self_attn = VarAttention(config, layer_idx)
+        self.mlp = MLP(hidden, config.intermediate_size, config.hidden_act, config.hidden_dropout)
+        depth = max(config.num_hidden_layers - 1, 1)
+        self.drop_path = DropPath(config.drop_path_rate * layer_idx / depth)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        condition: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        modulation = remembered(past_key_values, ("modulation", self.layer_idx), self.modulation, condition)
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = modulation.unsqueeze(1).unbind(2)
+        attended = self.self_attn(
+            modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + self.drop_path(attended * gate_attn)
+        transformed = self.mlp(modulated_norm(hidden_states, scale_mlp, shift_mlp, self.eps))
+        return hidden_states + self.drop_path(transformed * gate_mlp)
+
+
+def remembered(cache: Cache | None, key, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:
+    """`module(condition)`, computed once per generation where the cache keeps it: no scale changes the condition."""
+    if cache is None or not hasattr(cache, "remember"):
+        return module(condition)
+    return cache.remember(key, lambda: module(condition))
+
+
+class VarPreTrainedModel(ArgenPreTrainedModel):
+    """Weight initialisation and switches of the family."""
+
+    config: VarConfig
+    config_class = VarConfig
+    base_model_prefix = "model"
+    main_input_name = "class_labels"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VarLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules = ["image_tokenizer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The authors' scheme: residual branches start small, gates near zero, the head near uniform."""
+        config = self.config
+        std = config.initializer_range or math.sqrt(1 / (3 * config.hidden_size))
+        residual_std = std / math.sqrt(2 * config.num_hidden_layers)
+        if isinstance(module, VarAttention):
+            if config.use_qk_norm:
+                init.constant_(module.logit_scale, math.log(4.0))
+            init.trunc_normal_(module.o_proj.weight, std=residual_std)
+        elif isinstance(module, MLP):
+            init.trunc_normal_(module.fc2.weight, std=residual_std)
+        elif isinstance(module, AdaLNModulation):
+            self._init_modulation(module.linear.weight, std)
+        elif isinstance(module, AdaLNTable):
+            self._init_modulation(module.table, 1 / math.sqrt(config.hidden_size))
+        elif isinstance(module, AdaLNOutput):
+            init.trunc_normal_(module.linear.weight, std=0.5 * std)
+        elif isinstance(module, CategoricalHead):
+            init.trunc_normal_(module.out_proj.weight, std=0.02 * std)
+        elif isinstance(module, VarModel):
+            init.trunc_normal_(module.start_embedding, std=std)
+            init.trunc_normal_(module.position_embedding, std=std)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.trunc_normal_(module.weight, std=std)
+
+    @staticmethod
+    def _init_modulation(weight: torch.Tensor, std: float) -> None:
+        """The first third of the rows are the gates. Slices lose the mark that a weight was loaded, hence the check."""
+        if getattr(weight, "_is_hf_initialized", False):
+            return
+        gates = weight.shape[0] // 3
+        init.trunc_normal_(weight[:gates], std=1e-5 * std)
+        init.trunc_normal_(weight[gates:], std=0.5 * std)
+
+
+class VarModel(VarPreTrainedModel):
+    """
+    The transformer without head. A sequence is the token grids of all scales one after another; a token of a scale
+    sees its whole scale and all scales before it.
+    """
+
+    def __init__(self, config: VarConfig):
+        super().__init__(config)
+        hidden, lengths = config.hidden_size, config.scale_lengths
+        self.input_projection = nn.Linear(config.codebook_dim, hidden)
+        if config.condition_type == "class":
+            self.class_embedding = nn.Embedding(config.num_classes + 1, hidden)
+        else:
+            self.null_text_embedding = nn.Embedding(1, config.text_embed_dim)
+            self.text_projection = nn.Linear(config.text_embed_dim, hidden)
+            text = config.text_encoder_config
+            self.text_encoder = AutoModel.from_config(text) if text is not None else None
+        self.start_embedding = nn.Parameter(torch.empty(1, lengths[0], hidden))
+        self.position_embedding = nn.Parameter(torch.empty(1, sum(lengths), hidden))
+        self.scale_embedding = nn.Embedding(len(lengths), hidden)
+        if config.shared_adaln:
+            self.shared_modulation = AdaLNModulation(hidden, hidden, NUM_MODULATIONS)
+        self.layers = nn.ModuleList(VarLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = AdaLNOutput(hidden, hidden, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.input_projection
+
+    def class_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """Class labels (batch,), any negative one for the null class, to conditions (batch, hidden_size)."""
+        return self.class_embedding(torch.where(class_labels < 0, self.config.num_classes, class_labels))
+
+    def pool_text(self, prompt_embeds=None, prompt_ids=None, prompt_attention_mask=None) -> torch.Tensor:
+        """
+        Pooled text embeddings (batch, text_embed_dim): as given, or the mean over the tokens that the mask keeps of
+        given or encoded token embeddings (batch, tokens, text_embed_dim).
+        """
+        if prompt_embeds is None:
+            if self.text_encoder is None:
+                raise ValueError("This model has no text encoder; give prompt_embeds.")
+            encoded = self.text_encoder(input_ids=prompt_ids, attention_mask=prompt_attention_mask)
+            prompt_embeds = encoded.last_hidden_state
+        if prompt_embeds.shape[-1] != self.config.text_embed_dim:
+            raise ValueError(
+                f"prompt_embeds have the width {prompt_embeds.shape[-1]}; this model takes {self.config.text_embed_dim}."
+            )
+        if prompt_embeds.ndim == 2:
+            return prompt_embeds
+        if prompt_attention_mask is None:
+            return prompt_embeds.mean(dim=1)
+        weights = prompt_attention_mask.to(prompt_embeds.dtype).unsqueeze(-1)
+        return (prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+    def text_condition(self, pooled: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        """Pooled text (batch, text_embed_dim), the null text where `drop` (batch,) is set, to conditions."""
+        if drop is not None:
+            null = self.null_text_embedding(drop.new_zeros(drop.shape, dtype=torch.long))
+            pooled = torch.where(drop[:, None], null, pooled.to(null.dtype))
+        return self.text_projection(pooled.to(self.text_projection.weight.dtype))
+
+    def embed(self, condition: torch.Tensor, features: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+        """Input of the first layer for the scales `start` to `stop` - 1, (batch, tokens, hidden_size)."""
+        lengths = self.config.scale_lengths
+        parts = []
+        if start == 0:
+            parts.append(condition.unsqueeze(1) + self.start_embedding)
+        if features is not None and features.shape[1]:
+            parts.append(self.input_projection(features.to(self.input_projection.weight.dtype)))
+        hidden_states = torch.cat(parts, dim=1)
+        place = slice(sum(lengths[:start]), sum(lengths[:stop]))
+        scales = block_index(lengths, hidden_states.device)[place]
+        return hidden_states + (self.scale_embedding(scales) + self.position_embedding[:, place])
+
+    def forward(
+        self,
+        condition: torch.Tensor,
+        features: torch.Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        past_key_values: Cache | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPast | tuple:
+        """
+        Args:
+            condition: (batch, hidden_size), from `class_condition` or `text_condition`.
+            features: (batch, n, codebook_dim), the feature maps resized to the scales `start` to `stop` - 1, as
+                `quantizer.scale_inputs` gives them; the first scale needs none, its input is the condition.
+            start, stop: the scales to run; without cache they start at 0. Default: all.
+            past_key_values: keys and values of the scales before `start`.
+
+        Returns:
+            `last_hidden_state` (batch, tokens, hidden_size) after the final norm.
+        """
+        stop = len(self.config.patch_nums) if stop is None else stop
+        hidden_states = self.embed(condition, features, start, stop)
+        mask = block_causal_mask(self.config.scale_lengths[:stop], hidden_states.dtype, hidden_states.device, start)
+        modulation = condition
+        if self.config.shared_adaln:
+            modulation = remembered(past_key_values, "shared_modulation", self.shared_modulation, condition)
+        all_hidden_states = (hidden_states,)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, modulation, mask, past_key_values)
+            all_hidden_states += (hidden_states,)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states, condition),
+            past_key_values=past_key_values,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGenerationMixin):
+    """
+    VAR with categorical head and visual tokenizer: training, generation, in-painting.
+
+    >>> model = VarForImageGeneration.from_original("FoundationVision/var", variant="d16")
+    >>> images = model.decode_images(model.generate(class_labels=[207, 980], guidance_scale=4.0))
+    """
+
+    predictor_class = NextScalePredictor
+    default_guidance_schedule = "linear"
+
+    def __init__(self, config: VarConfig):
+        super().__init__(config)
+        self.model = VarModel(config)
+        self.head = CategoricalHead(config.hidden_size, config.vocab_size)
+        self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
+        if self.image_tokenizer is not None:
+            self._check_tokenizer_fits()
+        self.post_init()
+
+    def _check_tokenizer_fits(self) -> None:
+        tokenizer = self.config.image_tokenizer_config
+        pairs = {
+            "patch_nums": (self.config.patch_nums, tokenizer.patch_nums),
+            "vocab_size": (self.config.vocab_size, tokenizer.codebook_size),
+            "codebook_dim": (self.config.codebook_dim, tokenizer.latent_channels),
+        }
+        for name, (own, theirs) in pairs.items():
+            if own != theirs:
+                raise ValueError(f"{name} is {own} in the model and {theirs} in its image tokenizer; they must agree.")
+
+    def condition(
+        self,
+        class_labels: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """
+        What the pictures shall show, as vectors (batch, hidden_size).
+
+        Args:
+            class_labels: (batch,) int64, negative for none; class-conditional models.
+            prompt_embeds: (batch, text_embed_dim) pooled, or (batch, tokens, text_embed_dim).
+            prompt_ids, prompt_attention_mask: (batch, tokens), for the text encoder inside the model.
+            drop: (batch,) bool, the rows that take the null condition instead.
+            batch_size: without any condition, the number of rows of the null condition.
+        """
+        if batch_size is not None:
+            return self.null_condition(batch_size)
+        if self.config.condition_type == "class":
+            if class_labels is None:
+                raise ValueError("class_labels are missing; use -1 for a row without class.")
+            self.check_class_labels(class_labels)
+            if drop is not None:
+                class_labels = torch.where(drop, self.config.num_classes, class_labels)
+            return self.model.class_condition(class_labels)
+        if prompt_embeds is None and prompt_ids is None:
+            raise ValueError("This model draws from text; give prompt_ids or prompt_embeds.")
+        return self.model.text_condition(self.model.pool_text(prompt_embeds, prompt_ids, prompt_attention_mask), drop)
+
+    def check_class_labels(self, class_labels: torch.Tensor) -> None:
+        """Refuses labels that are neither a class nor the null class."""
+        if class_labels.ndim != 1 or class_labels.is_floating_point():
+            raise ValueError(f"class_labels must be whole numbers (batch,); got {tuple(class_labels.shape)}.")
+        if class_labels.numel() and int(class_labels.max()) > self.config.num_classes:
+            raise ValueError(
+                f"class label {int(class_labels.max())} is out of range; this model has the classes 0 to "
+                f"{self.config.num_classes - 1}, and -1 for none."
+            )
+
+    def null_condition(self, batch_size: int) -> torch.Tensor:
+        """The condition of unconditional rows, (batch_size, hidden_size)."""
+        rows = torch.ones(batch_size, dtype=torch.bool, device=self.device)
+        if self.config.condition_type == "class":
+            return self.model.class_condition(-rows.long())
+        return self.model.text_condition(self.model.null_text_embedding.weight.new_zeros(batch_size, 1), rows)
+
+    def scale_logits(
+        self,
+        condition: torch.Tensor,
+        features: torch.Tensor | None,
+        start: int = 0,
+        stop: int | None = None,
+        past_key_values: Cache | None = None,
+        last_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Logits (batch, tokens, vocab_size) float32 of the scales `start` to `stop` - 1; see [`VarModel`]."""
+        hidden_states = self.model(condition, features, start, stop, past_key_values).last_hidden_state
+        if last_tokens is not None:
+            hidden_states = hidden_states[:, -last_tokens:]
+        return self.head(hidden_states)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        prompt_ids: torch.LongTensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_loss: bool = True,
+        output_hidden_states: bool = False,
+        return_dict: bool | None = None,
+    ) -> VarOutput | tuple:
+        """
+        Teacher-forced pass over all scales, or over the first few if `input_ids` stop there.
+
+        Args:
+            input_ids: (batch, tokens), the ids of the scales one after another.
+            class_labels: (batch,) class of each picture, -1 for none.
+            prompt_embeds, prompt_ids, prompt_attention_mask: see `condition`.
+            pixel_values: (batch, channels, height, width) in [-1, 1], tokenized here, instead of `input_ids`.
+            labels: (batch, tokens) the ids to predict, normally `input_ids` themselves (position i predicts token
+                i); -100 does not count. With `pixel_values` they are known already.
+            return_loss: with `pixel_values` and no `labels`, also compute the loss.
+
+        Raises:
+            ValueError: neither or both of ids and pixels, a condition that is missing, a shape that does not fit.
+        """
+        if (input_ids is None) == (pixel_values is None):
+            raise ValueError("Give either input_ids or pixel_values.")
+        if pixel_values is not None:
+            input_ids = self.encode_images(pixel_values)
+            labels = input_ids if labels is None and return_loss else labels
+        drop = self._draw_dropped_conditions(input_ids.shape[0], input_ids.device)
+        condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
+        quantizer = self.check_image_tokenizer().quantizer
+        num_scales = len(quantizer.split(input_ids, self.config.grid_sizes, partial=True))
+        features = quantizer.scale_inputs(input_ids, self.config.grid_sizes)
+        outputs = self.model(condition, features, 0, num_scales, output_hidden_states=output_hidden_states)
+        logits = self.head(outputs.last_hidden_state)
+        output = VarOutput(logits=logits, hidden_states=outputs.hidden_states)
+        if labels is not None:
+            output.loss = self.head.loss(logits, labels, self.config.label_smoothing)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _draw_dropped_conditions(self, batch_size: int, device: torch.device) -> torch.Tensor | None:
+        """Rows whose condition is dropped; one draw per row from the global generator, as the authors' code does."""
+        if not (self.training or self.config.condition_dropout_in_eval):
+            return None
+        return torch.rand(batch_size, device=device) < self.config.condition_dropout
