@@ -1,8 +1,18 @@
 """Every private name of transformers that this package touches, so that a new release breaks one file."""
 
+import importlib
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 
 def prepare_generation_config(
@@ -29,3 +39,44 @@ def prepare_processors(
         model_kwargs={},
     )
     return processors, model._get_stopping_criteria(config, stopping_criteria)
+
+
+class _LazyContent(dict):
+    """Classes registered with an Auto class, written as dotted names and imported when they are asked for."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if isinstance(value, str):
+            module, name = value.rsplit(".", 1)
+            value = self[key] = getattr(importlib.import_module(module), name)
+        return value
+
+    def values(self):
+        return [self[key] for key in self]
+
+    def items(self):
+        return [(key, self[key]) for key in self]
+
+
+def register_lazily(auto_class: type, config_class: type[PreTrainedConfig], class_name: str) -> None:
+    """
+    What `auto_class.register(config_class, <the class>)` does, without importing the class.
+
+    Args:
+        auto_class: `AutoModel` or another Auto class of models, or `AutoProcessor`.
+        class_name: dotted name of the class.
+    """
+    if auto_class is AutoProcessor:
+        mapping = PROCESSOR_MAPPING
+    else:
+        mapping = auto_class._model_mapping
+    if not isinstance(mapping._extra_content, _LazyContent):
+        mapping._extra_content = _LazyContent(mapping._extra_content)
+    mapping._extra_content[config_class] = class_name
+
+
+def from_config(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any
+) -> PreTrainedModel:
+    """An untrained model; takes `dtype` and `attn_implementation`, as the Auto classes do."""
+    return model_class._from_config(config, **kwargs)

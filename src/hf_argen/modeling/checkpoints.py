@@ -27,7 +27,8 @@ def read_checkpoint(path: str | Path, role: str, allowed_globals: Sequence[Calla
         allowed_globals: classes that a pickle may hold besides tensors and plain values.
 
     Returns:
-        The content, nested as in the file. Tensors of a `torch.save` archive are mapped from disk, not copied.
+        The content, nested as in the file. Tensors of a `torch.save` archive are mapped from disk, not
+        copied.
 
     Raises:
         ConversionError: missing, truncated, not a checkpoint, a pickle that holds code (which is never run).
@@ -45,7 +46,8 @@ def read_checkpoint(path: str | Path, role: str, allowed_globals: Sequence[Calla
     content = _read_pickle(path, what, allowed_globals)
     if not isinstance(content, Mapping):
         raise ConversionError(
-            f"{what} holds a {type(content).__name__}, not a dict of tensors; give the file that holds the state dict."
+            f"{what} holds a {type(content).__name__}, not a dict of tensors; give the file that holds the "
+            "state dict."
         )
     return dict(content)
 
@@ -55,12 +57,15 @@ def tensors_at(content: Mapping, path: Sequence[str], role: str, file: str | Pat
     what = f"The {role} file {str(file)!r}"
     for depth, name in enumerate(path):
         if not isinstance(content, Mapping) or name not in content:
-            raise ConversionError(f"{what} has no entry {' -> '.join(path[: depth + 1])}; {_entries(content)}.")
+            raise ConversionError(
+                f"{what} has no entry {' -> '.join(path[: depth + 1])}; {_entries(content)}."
+            )
         content = content[name]
     strange = [str(k) for k, v in content.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if strange or not content:
         raise ConversionError(
-            f"{what} is not a plain dict of tensors; {_entries(content)}. Give the file that holds the weights alone, "
+            f"{what} is not a plain dict of tensors; {_entries(content)}. Give the file that holds the "
+            "weights alone, "
             "or give this one in the role that reads nested checkpoints."
         )
     return dict(content)
@@ -88,13 +93,16 @@ def _read_folder(folder: Path, role: str) -> dict[str, torch.Tensor]:
             ) from error
     elif indexes or len(files) != 1:
         raise ConversionError(
-            f"The {role} folder {str(folder)!r} holds {len(indexes)} safetensors indexes and {len(files)} safetensors "
+            f"The {role} folder {str(folder)!r} holds {len(indexes)} safetensors indexes and {len(files)} "
+            "safetensors "
             "files; give a folder with one of either, or the path of the file."
         )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         if not file.exists():
-            raise ConversionError(f"The {role} file {str(file)!r} does not exist, but the index names it; fetch it.")
+            raise ConversionError(
+                f"The {role} file {str(file)!r} does not exist, but the index names it; fetch it."
+            )
         tensors |= _read_safetensors(file, f"The {role} file {str(file)!r}")
     return tensors
 
@@ -103,7 +111,9 @@ def _read_safetensors(path: Path, what: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ConversionError(f"{what} is truncated or not a safetensors file ({error}); fetch it again.") from error
+        raise ConversionError(
+            f"{what} is truncated or not a safetensors file ({error}); fetch it again."
+        ) from error
 
 
 def _read_pickle(path: Path, what: str, allowed_globals: Sequence[Callable]) -> Any:
@@ -120,10 +130,13 @@ def _read_pickle(path: Path, what: str, allowed_globals: Sequence[Callable]) -> 
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise ConversionError(
-                f"{what} is a pickle that holds code ({code.group(1)}), and nothing of it was run; save its weights "
+                f"{what} is a pickle that holds code ({code.group(1)}), and nothing of it was run; save its "
+                "weights "
                 "as a plain dict of tensors where you trust the file."
             ) from error
-        raise ConversionError(f"{what} is not a checkpoint written by torch.save, or it is damaged.") from error
+        raise ConversionError(
+            f"{what} is not a checkpoint written by torch.save, or it is damaged."
+        ) from error
     except EOFError as error:
         raise ConversionError(f"{what} is truncated; fetch it again.") from error
     except (RuntimeError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

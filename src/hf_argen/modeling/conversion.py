@@ -1,204 +1,41 @@
-"""The key-map engine: turns the authors' checkpoints into our models, and our tensors back into theirs.
+"""The conversion engine: turns the authors' checkpoints into our models.
 
-Every family's `convert_<family>.py` states two things: which of the authors' keys become which of ours (a `KeyMap` per
-role) and which configuration the shapes of the weights imply (a function that returns a `ConversionPlan`). Reading
-files, checking, building and filling the model happen here.
+Every family's `convert_<family>.py` states two things: which of the authors' keys become which of ours (a
+`KeyMap` per role) and which configuration the shapes of the weights imply (a function that returns a
+`ConversionPlan`). Reading files, checking, building and filling the model, and fetching the checkpoints that
+the authors released (the family's `presets.json`), happen here.
 """
 
-import copy
 import difflib
-import re
+import importlib
+import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoints import ConversionError, read_checkpoint, tensors_at
+from .key_map import KeyMap, StateDict
 
-StateDict = dict[str, torch.Tensor]
+logger = logging.getLogger(__name__)
 
-
-@cache
-def _compiled(pattern: str) -> re.Pattern:
-    """A key with placeholders as a regular expression: `{i}` (one letter) is a number, `{leaf}` a name without dot."""
-    parts = re.split(r"\{(\w+)\}", pattern)
-    literals = [re.escape(part) for part in parts[::2]]
-    groups = [rf"(?P<{name}>{'[0-9]+' if len(name) == 1 else '[^.]+'})" for name in parts[1::2]] + [""]
-    return re.compile("".join(literal + group for literal, group in zip(literals, groups, strict=True)))
-
-
-class Rule:
-    """
-    What becomes of one of the authors' keys (a pattern such as `blocks.{i}.attn.proj.{leaf}`).
-
-    Args:
-        source: the authors' key.
-        targets: our keys, with the same placeholders.
-    """
-
-    def __init__(self, source: str, *targets: str):
-        self.source = source
-        self.targets = targets
-
-    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The authors' tensor as ours, one for each target."""
-        raise TypeError(f"{type(self).__name__} makes no tensors.")
-
-    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Our tensors, one for each target, as the authors'."""
-        raise TypeError(f"{type(self).__name__} makes no tensors.")
-
-    def under(self, prefix: str) -> "Rule":
-        """The same rule with `prefix` before each of our keys."""
-        rule = copy.copy(self)
-        rule.targets = tuple(prefix + target for target in self.targets)
-        return rule
-
-
-class Rename(Rule):
-    """The same tensor under another name."""
-
-    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        return (tensor,)
-
-    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return tensors[0]
-
-
-class Split(Rule):
-    """A tensor cut into equal parts along its first dimension, for example query, key and value."""
-
-    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        if tensor.ndim == 0 or tensor.shape[0] % len(self.targets):
-            raise ValueError(f"its first dimension must be a multiple of {len(self.targets)}")
-        return tensor.chunk(len(self.targets))
-
-    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(tensors))
-
-
-class Reshape(Rule):
-    """The same numbers in another shape; `ours` and `theirs` may hold one -1 each."""
-
-    def __init__(self, source: str, target: str, ours: tuple[int, ...], theirs: tuple[int, ...]):
-        super().__init__(source, target)
-        self.ours, self.theirs = ours, theirs
-
-    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        if tensor.ndim != len(self.theirs):
-            raise ValueError(f"it must have {len(self.theirs)} dimensions")
-        return (tensor.reshape(self.ours),)
-
-    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return tensors[0].reshape(self.theirs)
-
-
-class Drop(Rule):
-    """A key that our model computes itself or does not need."""
-
-    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        return ()
-
-
-class KeyMap:
-    """
-    Ordered rules between the authors' keys and ours.
-
-    Rules may be alternatives for one of our keys, when the authors store a thing under different names depending on
-    its options. `narrowed` keeps those that a given checkpoint uses; otherwise `revert` takes the first.
-    """
-
-    def __init__(self, rules: Iterable[Rule]):
-        self.rules = tuple(rules)
-
-    def under(self, prefix: str) -> "KeyMap":
-        """The same map for a model in which ours is the submodule `prefix` (with its dot)."""
-        return KeyMap(rule.under(prefix) for rule in self.rules)
-
-    def narrowed(self, keys: Iterable[str]) -> "KeyMap":
-        """Only the rules that one of the authors' `keys` uses."""
-        used = {id(rule) for key in keys for rule, _ in self._matches(key)}
-        return KeyMap(rule for rule in self.rules if id(rule) in used)
-
-    def unknown(self, keys: Iterable[str]) -> list[str]:
-        """Those of the authors' `keys` that no rule covers."""
-        return [key for key in keys if not self._matches(key)]
-
-    def apply(self, state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-        """
-        The authors' tensors under our names (views where possible).
-
-        Raises:
-            ConversionError: a key that no rule or more than one covers, or whose shape its rule cannot take.
-        """
-        ours: StateDict = {}
-        for key, tensor in state_dict.items():
-            matches = self._matches(key)
-            if len(matches) != 1:
-                raise ConversionError(
-                    f"The key {key} is covered by {len(matches)} rules of the key map instead of one."
-                )
-            rule, groups = matches[0]
-            try:
-                parts = rule.forward(tensor)
-            except (ValueError, RuntimeError) as error:
-                raise ConversionError(f"The key {key} has the shape {tuple(tensor.shape)}, but {error}.") from error
-            ours.update(zip((target.format(**groups) for target in rule.targets), parts, strict=True))
-        return ours
-
-    def revert(self, state_dict: Mapping[str, torch.Tensor]) -> StateDict:
-        """
-        Our tensors, or gradients and optimiser moments of the same names, under the authors' names.
-
-        Raises:
-            ConversionError: a key that no rule makes, or of which the other parts are missing.
-        """
-        theirs: StateDict = {}
-        done: set[str] = set()
-        for key in state_dict:
-            if key in done:
-                continue
-            rule, groups = self._origin(key)
-            targets = [target.format(**groups) for target in rule.targets]
-            missing = [target for target in targets if target not in state_dict]
-            if missing:
-                raise ConversionError(f"{key} belongs together with {', '.join(missing)}, which is missing.")
-            theirs[rule.source.format(**groups)] = rule.backward([state_dict[target] for target in targets])
-            done.update(targets)
-        return theirs
-
-    def source_of(self, key: str) -> str:
-        """The authors' name of one of our keys."""
-        rule, groups = self._origin(key)
-        return rule.source.format(**groups)
-
-    def makes(self, key: str) -> bool:
-        """Whether one of our keys comes from this map."""
-        return any(_compiled(target).fullmatch(key) for rule in self.rules for target in rule.targets)
-
-    def _matches(self, key: str) -> list[tuple[Rule, dict[str, str]]]:
-        found = ((rule, _compiled(rule.source).fullmatch(key)) for rule in self.rules)
-        return [(rule, match.groupdict()) for rule, match in found if match]
-
-    def _origin(self, key: str) -> tuple[Rule, dict[str, str]]:
-        for rule in self.rules:
-            for target in rule.targets:
-                match = _compiled(target).fullmatch(key)
-                if match:
-                    return rule, match.groupdict()
-        raise ConversionError(f"No rule of the key map makes {key}.")
+PERMISSIVE_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause")
 
 
 class OriginalArguments:
     """
     The authors' constructor arguments of one role, as far as the caller gave them.
 
-    Every name that the constructor has is asked for once, by `get`, `agree` or `ignore`; `finish` then refuses the
-    names that it does not have.
+    Every name that the constructor has is asked for once, by `get`, `agree` or `ignore`; `finish` then
+    refuses the names that it does not have.
     """
 
     def __init__(self, role: str, given: Mapping[str, Any] | None):
@@ -220,7 +57,7 @@ class OriginalArguments:
             self.contradiction(name, found)
         return found
 
-    def contradiction(self, name: str, found: Any) -> None:
+    def contradiction(self, name: str, found: Any) -> NoReturn:
         """Raises the error that the given `name` is not what the weights tell."""
         raise ConversionError(
             f"original_config[{self.role!r}] says {name}={self.given[name]}, but the weights say {found}; "
@@ -236,7 +73,8 @@ class OriginalArguments:
         for name in self.given:
             if name not in self.known:
                 raise ConversionError(
-                    f"original_config[{self.role!r}] has the unknown argument {name!r}{_closest(name, self.known)}; "
+                    f"original_config[{self.role!r}] has the unknown argument "
+                    f"{name!r}{_closest(name, self.known)}; "
                     f"the arguments are {', '.join(sorted(self.known))}."
                 )
 
@@ -256,14 +94,10 @@ def shape_of(state_dict: Mapping[str, torch.Tensor], key: str, role: str, ndim: 
         raise ConversionError(f"The {role} lacks the key {key}; the file is incomplete or of another family.")
     shape = tuple(state_dict[key].shape)
     if len(shape) != ndim:
-        raise ConversionError(f"The key {key} of the {role} has the shape {shape}; it must have {ndim} dimensions.")
+        raise ConversionError(
+            f"The key {key} of the {role} has the shape {shape}; it must have {ndim} dimensions."
+        )
     return shape
-
-
-def count(state_dict: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """How many numbers `{i}` a pattern such as `blocks.{i}.attn.proj.weight` matches, counted from 0."""
-    matches = (_compiled(pattern).fullmatch(key) for key in state_dict)
-    return max((int(match["i"]) + 1 for match in matches if match), default=0)
 
 
 @dataclass(frozen=True)
@@ -292,10 +126,10 @@ class Converter:
     Attributes:
         family: name of the family.
         roles: role of a file that holds plain tensors -> the keys it may have.
-        plan: from the weights (role -> state dict, which it may complete) and the authors' constructor arguments
-            (role -> dict) to the plan of the conversion.
-        containers: role of a file that nests several state dicts -> which role lies at which path inside it. A file
-            given for a role of its own takes precedence.
+        plan: from the weights (role -> state dict, which it may complete) and the authors' constructor
+            arguments (role -> dict) to the plan of the conversion.
+        containers: role of a file that nests several state dicts -> which role lies at which path inside it.
+            A file given for a role of its own takes precedence.
         allowed_globals: classes that the authors' trainers pickle beside the tensors.
     """
 
@@ -330,7 +164,8 @@ def convert(
     for role in [*files, *original_config]:
         if role not in known:
             raise ConversionError(
-                f"Unknown role {role!r}{_closest(role, known)}; the roles of {converter.family} are {', '.join(known)}."
+                f"Unknown role {role!r}{_closest(role, known)}; the roles of {converter.family} are "
+                f"{', '.join(known)}."
             )
     weights = _read_weights(converter, files)
     plan = converter.plan(weights, original_config)
@@ -349,7 +184,9 @@ def convert(
 
 def _read_weights(converter: Converter, files: Mapping[str, str | Path]) -> dict[str, StateDict]:
     if not files:
-        raise ConversionError(f"No files given; the roles of {converter.family} are {', '.join(converter.roles)}.")
+        raise ConversionError(
+            f"No files given; the roles of {converter.family} are {', '.join(converter.roles)}."
+        )
     weights: dict[str, StateDict] = {}
     for role, file in files.items():
         content = read_checkpoint(file, role, converter.allowed_globals)
@@ -395,20 +232,107 @@ def _check_fit(model: PreTrainedModel, state: StateDict, plan: ConversionPlan) -
         return f"{maps[0].source_of(key)} (our {key})" if maps else f"our {key}"
 
     expected = model.state_dict()
-    for kind, keys in (("missing", expected.keys() - state.keys()), ("superfluous", state.keys() - expected.keys())):
+    for kind, keys in (
+        ("missing", expected.keys() - state.keys()),
+        ("superfluous", state.keys() - expected.keys()),
+    ):
         if keys:
             listed = ", ".join(name(key) for key in sorted(keys)[:3])
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ConversionError(
-                f"The checkpoint does not fill {plan.model_class.__name__}: {kind} {listed}{more}; the file is "
+                f"The checkpoint does not fill {plan.model_class.__name__}: {kind} {listed}{more}; the file "
+                "is "
                 "incomplete, or of a variant that this family does not have."
             )
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise ConversionError(
-                f"{name(key)} has the shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)} of ours."
+                f"{name(key)} has the shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)} of "
+                "ours."
             )
         if tensor.is_floating_point() and not state[key].is_floating_point():
             raise ConversionError(
                 f"{name(key)} has the dtype {state[key].dtype}; give a checkpoint in floating point."
             )
+
+
+def converter_of(family_package: str) -> Converter:
+    """The converter of the family in a package such as `hf_argen.modeling.var`."""
+    return importlib.import_module(f"{family_package}.convert_{family_package.rsplit('.', 1)[1]}").CONVERTER
+
+
+def load_presets(family_package: str) -> dict[str, dict[str, Any]]:
+    """The released checkpoints of a family by name: its `presets.json`, empty without one."""
+    file = resources.files(family_package).joinpath("presets.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def convert_from_hub(
+    family_package: str, source: str, variant: str | None = None, **hub_kwargs: Any
+) -> PreTrainedModel:
+    """
+    Fetches a released checkpoint and converts it.
+
+    Args:
+        family_package: for example `hf_argen.modeling.var`.
+        source: the authors' repository, a folder that holds its files, or the name of a preset.
+        variant: the preset's name with or without the family's, for example `"d16"`.
+        hub_kwargs: `cache_dir`, `token`, `local_files_only`, `force_download`, `revision` (of `source`, not
+            of other repositories that the checkpoint needs).
+
+    Raises:
+        ConversionError: no such preset (the message lists those there are); a file cannot be fetched or
+            converted.
+    """
+    presets = load_presets(family_package)
+    folder = Path(source) if Path(source).is_dir() else None
+    family = family_package.rsplit(".", 1)[1]
+    wanted = source if source in presets else variant and variant.removeprefix(f"{family}-")
+    found = [
+        name
+        for name, preset in presets.items()
+        if (source == name or folder or source == preset["repository"])
+        and (wanted is None or wanted in (name, name.removeprefix(f"{family}-")))
+    ]
+    if len(found) != 1:
+        raise ConversionError(
+            f"{source!r} with variant={variant!r} is not one of the released checkpoints of {family}; they "
+            "are "
+            + ", ".join(
+                f"{preset['repository']} {name.removeprefix(f'{family}-')}"
+                for name, preset in presets.items()
+            )
+            + "."
+        )
+    return convert_preset(family_package, found[0], folder, **hub_kwargs)
+
+
+def convert_preset(
+    family_package: str, name: str, folder: Path | None = None, **hub_kwargs: Any
+) -> PreTrainedModel:
+    """Converts the preset `name` from the files in `folder`, or from the Hub; logs a licence with conditions."""
+    preset = load_presets(family_package)[name]
+    if preset["licence"] not in PERMISSIVE_LICENCES:
+        logger.warning("Licence of %s: %s", name, preset["licence_note"])
+    files = {}
+    for role, file in preset["files"].items():
+        if folder is not None:
+            files[role] = folder / file["file"]
+        else:
+            files[role] = _fetch(file["repository"], file["file"], preset["repository"], hub_kwargs)
+    model = convert(converter_of(family_package), files, preset["original_config"])
+    for option, value in preset.get("generation_config", {}).items():
+        setattr(model.generation_config, option, value)
+    return model
+
+
+def _fetch(repository: str, file: str, source: str, hub_kwargs: Mapping[str, Any]) -> str:
+    kwargs = {k: v for k, v in hub_kwargs.items() if k != "revision" or repository == source}
+    try:
+        return hf_hub_download(repository, file, **kwargs)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConversionError(
+            f"{file} of the Hub repository {repository} cannot be fetched "
+            f"({str(error).strip().splitlines()[0]}); "
+            "check the connection, or give the files that you have by role."
+        ) from error

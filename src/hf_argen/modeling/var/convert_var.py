@@ -5,20 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..conversion import (
-    ConversionError,
-    ConversionPlan,
-    Converter,
-    Drop,
-    KeyMap,
-    OriginalArguments,
-    Rename,
-    Reshape,
-    Split,
-    StateDict,
-    count,
-    shape_of,
-)
+from ..checkpoints import ConversionError
+from ..conversion import ConversionPlan, Converter, OriginalArguments, shape_of
+from ..key_map import Drop, KeyMap, Rename, Reshape, Split, StateDict, count
 from ..tokenizers.multiscale_vq.configuration_multiscale_vq import grid_sizes, normalize_patch_nums
 from ..tokenizers.multiscale_vq.convert_multiscale_vq import CONVERTER as TOKENIZER_CONVERTER
 from ..tokenizers.multiscale_vq.convert_multiscale_vq import TOKENIZER, tokenizer_config
@@ -37,7 +26,10 @@ TRANSFORMER = KeyMap(
         Rename(f"{_THEIRS}.attn.q_bias", f"{_OURS}.self_attn.q_proj.bias"),
         Rename(f"{_THEIRS}.attn.v_bias", f"{_OURS}.self_attn.v_proj.bias"),
         Reshape(
-            f"{_THEIRS}.attn.scale_mul_1H11", f"{_OURS}.self_attn.logit_scale", ours=(-1,), theirs=(1, -1, 1, 1)
+            f"{_THEIRS}.attn.scale_mul_1H11",
+            f"{_OURS}.self_attn.logit_scale",
+            ours=(-1,),
+            theirs=(1, -1, 1, 1),
         ),
         Rename(f"{_THEIRS}.attn.proj.{{leaf}}", f"{_OURS}.self_attn.o_proj.{{leaf}}"),
         Rename(f"{_THEIRS}.ffn.fc1.{{leaf}}", f"{_OURS}.mlp.fc1.{{leaf}}"),
@@ -60,8 +52,8 @@ def transformer_config(
     """
     The fields of [`VarConfig`], but for the tokenizer's, that the shapes of a transformer imply.
 
-    Without the learned scale of query and key (`attn_l2_norm=False`) the weights do not tell the number of heads: it
-    is `num_heads` where given, otherwise heads of width 64 as in all released models.
+    Without the learned scale of query and key (`attn_l2_norm=False`) the weights do not tell the number of
+    heads: it is `num_heads` where given, otherwise heads of width 64 as in all released models.
 
     Args:
         state_dict: the authors' tensors.
@@ -101,18 +93,21 @@ def transformer_config(
 
 def _heads(state_dict: StateDict, given: OriginalArguments, width: int, use_qk_norm: bool) -> int:
     if use_qk_norm:
-        return given.agree("num_heads", shape_of(state_dict, "blocks.0.attn.scale_mul_1H11", given.role, 4)[1])
+        return given.agree(
+            "num_heads", shape_of(state_dict, "blocks.0.attn.scale_mul_1H11", given.role, 4)[1]
+        )
     heads = given.get("num_heads", width // 64 if width % 64 == 0 else None)
     if heads is None or width % heads:
         raise ConversionError(
-            f"The {given.role} is {width} wide and has no learned scale that would tell its heads; give their number, "
+            f"The {given.role} is {width} wide and has no learned scale that would tell its heads; give "
+            "their number, "
             f"a divisor of {width}, as original_config[{given.role!r}]['num_heads']."
         )
     return heads
 
 
 def _scales(state_dict: StateDict, given: OriginalArguments) -> list:
-    """The list of scales, from the scale index of every token; a given list must have the same number of tokens."""
+    """The list of scales, from the scale index of every token; a given list must agree with it."""
     asked = given.get("patch_nums")
     lengths = _scale_lengths(state_dict, given.role)
     if asked is not None:
@@ -122,7 +117,8 @@ def _scales(state_dict: StateDict, given: OriginalArguments) -> list:
         return scales
     if any(math.isqrt(length) ** 2 != length for length in lengths):
         raise ConversionError(
-            f"The scales of the {given.role} have {lengths} tokens, which are not all squares; give their sides as "
+            f"The scales of the {given.role} have {lengths} tokens, which are not all squares; give their "
+            "sides as "
             f"original_config[{given.role!r}]['patch_nums']."
         )
     return [math.isqrt(length) for length in lengths]
@@ -143,7 +139,8 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
         return TOKENIZER_CONVERTER.plan(weights, original_config)
     if "tokenizer" not in weights:
         raise ConversionError(
-            "The role 'tokenizer' is missing: VAR's transformer files never hold the image tokenizer. Give its file "
+            "The role 'tokenizer' is missing: VAR's transformer files never hold the image tokenizer. Give "
+            "its file "
             "too, for the released models vae_ch160v4096z32.pth."
         )
     from .modeling_var import VarForImageGeneration
@@ -161,10 +158,14 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
 
 def check_same_codes(fields: Mapping[str, Any], tokenizer: Any, role: str) -> None:
     """Refuses a transformer and a tokenizer that were not made for each other."""
-    own, theirs = (fields["vocab_size"], fields["codebook_dim"]), (tokenizer.codebook_size, tokenizer.latent_channels)
+    own, theirs = (
+        (fields["vocab_size"], fields["codebook_dim"]),
+        (tokenizer.codebook_size, tokenizer.latent_channels),
+    )
     if own != theirs:
         raise ConversionError(
-            f"The {role} was trained on {own[0]} codes of {own[1]} channels, but the tokenizer has {theirs[0]} of "
+            f"The {role} was trained on {own[0]} codes of {own[1]} channels, but the tokenizer has "
+            f"{theirs[0]} of "
             f"{theirs[1]}; give the tokenizer that belongs to it."
         )
 

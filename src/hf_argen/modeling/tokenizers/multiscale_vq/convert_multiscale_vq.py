@@ -1,23 +1,13 @@
-"""Conversion of the multi-scale VQ-VAE of VAR (github.com/FoundationVision/VAR): key map and config inference."""
+"""Conversion of VAR's image tokenizer (github.com/FoundationVision/VAR): key map and config inference."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ...conversion import (
-    ConversionError,
-    ConversionPlan,
-    Converter,
-    KeyMap,
-    OriginalArguments,
-    Rename,
-    Rule,
-    Split,
-    StateDict,
-    count,
-    shape_of,
-)
+from ...checkpoints import ConversionError
+from ...conversion import ConversionPlan, Converter, OriginalArguments, shape_of
+from ...key_map import KeyMap, Rename, Rule, Split, StateDict, count
 from .configuration_multiscale_vq import MultiScaleVQConfig, normalize_patch_nums
 
 RELEASED_PATCH_NUMS = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]  # of the released 256 px models
@@ -81,12 +71,12 @@ def tokenizer_config(
     The configuration that the shapes of a tokenizer imply.
 
     Args:
-        state_dict: the authors' tensors; the hit statistics are replaced by zeros where they are missing or count
-            another number of scales, as the authors' loader does.
-        original_config: role -> constructor arguments; those of `tokenizer` are read. `norm_num_groups`, which the
-            authors fix at 32, may be given too.
-        patch_nums: scales of the transformer; without it those given as `v_patch_nums`, and without either the
-            released 256 px list, if the hit statistics count as many scales.
+        state_dict: the authors' tensors; the hit statistics are replaced by zeros where they are missing or
+            count another number of scales, as the authors' loader does.
+        original_config: role -> constructor arguments; those of `tokenizer` are read. `norm_num_groups`,
+            which the authors fix at 32, may be given too.
+        patch_nums: scales of the transformer; without it those given as `v_patch_nums`, and without either
+            the released 256 px list, if the hit statistics count as many scales.
 
     Raises:
         ConversionError: the arguments contradict the weights or the transformer's scales.
@@ -96,9 +86,13 @@ def tokenizer_config(
     codebook_size, channels = shape_of(state_dict, "quantize.embedding.weight", role, 2)
     base, in_channels, *_ = shape_of(state_dict, "encoder.conv_in.weight", role, 4)
     levels = count(state_dict, "encoder.down.{i}.block.0.conv1.weight")
-    widths = [shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight", role, 4)[0] for i in range(levels)]
+    widths = [
+        shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight", role, 4)[0] for i in range(levels)
+    ]
     if not widths or any(width % base for width in widths):
-        raise ConversionError(f"The tokenizer's levels have the widths {widths}, which must be multiples of {base}.")
+        raise ConversionError(
+            f"The tokenizer's levels have the widths {widths}, which must be multiples of {base}."
+        )
     scales = _scales(state_dict, given, patch_nums)
     _fit_hits(state_dict, len(scales), codebook_size)
     convs, ratio = _residual_convs(state_dict, given)
@@ -117,7 +111,9 @@ def tokenizer_config(
         "num_residual_convs": convs,
         "residual_conv_ratio": ratio,
         "normalize_codes": given.get("using_znorm", False),
-        "quant_conv_kernel_size": given.agree("quant_conv_ks", shape_of(state_dict, "quant_conv.weight", role, 4)[-1]),
+        "quant_conv_kernel_size": given.agree(
+            "quant_conv_ks", shape_of(state_dict, "quant_conv.weight", role, 4)[-1]
+        ),
         "commitment_loss_weight": given.get("beta", 0.25),
     }
     given.finish()
@@ -128,8 +124,8 @@ def _norm_groups(given: OriginalArguments, width: int) -> int:
     groups = given.get("norm_num_groups", 32)
     if width % groups:
         raise ConversionError(
-            f"The tokenizer's width {width} is not a multiple of norm_num_groups={groups}; give the number of groups "
-            "of its norms, which the weights do not tell, as original_config['tokenizer']['norm_num_groups']."
+            f"The tokenizer's width {width} is not a multiple of norm_num_groups={groups}; give the number of "
+            "groups, which the weights do not tell, as original_config['tokenizer']['norm_num_groups']."
         )
     return groups
 
@@ -147,7 +143,8 @@ def _scales(state_dict: StateDict, given: OriginalArguments, patch_nums: list | 
     counted = state_dict[HITS].shape[0] if HITS in state_dict else None
     if counted != len(RELEASED_PATCH_NUMS):
         raise ConversionError(
-            f"The tokenizer was made for {counted or 'an unknown number of'} scales, whose sizes its weights do not "
+            f"The tokenizer was made for {counted or 'an unknown number of'} scales, whose sizes its weights "
+            "do not "
             "tell; give them as original_config['tokenizer']['v_patch_nums']."
         )
     return RELEASED_PATCH_NUMS
@@ -167,9 +164,15 @@ def _residual_convs(state_dict: StateDict, given: OriginalArguments) -> tuple[in
         PHI_PARTIALLY_SHARED: forms[PHI_PARTIALLY_SHARED],
     }
     present = [form for form, number in counts.items() if number]
+    if len(present) > 1:
+        raise ConversionError(
+            f"The tokenizer has residual convolutions under two names: {' and '.join(present)}."
+        )
     ratio = abs(given.get("quant_resi", 0.5 if present else 0.0))
-    if len(present) > 1 or (not present and ratio > 1e-6) or (present and ratio <= 1e-6):
-        given.contradiction("quant_resi", f"that there are residual convolutions of {len(present)} kinds")
+    if bool(present) != (ratio > 1e-6):
+        given.contradiction(
+            "quant_resi", f"that there are {'some' if present else 'no'} residual convolutions"
+        )
     if not present:
         given.ignore("share_quant_resi", "default_qresi_counts")
         return 0, 0.0

@@ -1,0 +1,76 @@
+"""Autoregressive generation in the Hugging Face ecosystem: published checkpoints, any decoding that fits."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .auto import register_with_transformers
+
+if TYPE_CHECKING:
+    from .auto import AutoModelForImageGeneration
+    from .convert import convert_original
+    from .generation import Decoding, compatible_decodings, generate
+    from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
+    from .generation.decoding.next_scale import NextScale
+    from .modeling.code.configuration_code import CodeConfig
+    from .modeling.code.modeling_code import CodeForImageGeneration
+    from .modeling.tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
+    from .modeling.tokenizers.multiscale_vq.modeling_multiscale_vq import MultiScaleVQModel
+    from .modeling.var.configuration_var import VarConfig
+    from .modeling.var.modeling_var import VarForImageGeneration, VarModel
+    from .processors.processing_var import VarProcessor
+
+__version__ = "0.1.0"
+
+_SOURCES = {
+    "AutoModelForImageGeneration": "auto",
+    "CodeConfig": "modeling.code.configuration_code",
+    "CodeForImageGeneration": "modeling.code.modeling_code",
+    "CollaborativeNextScale": "generation.decoding.collaborative_next_scale",
+    "Decoding": "generation",
+    "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
+    "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
+    "NextScale": "generation.decoding.next_scale",
+    "VarConfig": "modeling.var.configuration_var",
+    "VarForImageGeneration": "modeling.var.modeling_var",
+    "VarModel": "modeling.var.modeling_var",
+    "VarProcessor": "processors.processing_var",
+    "compatible_decodings": "generation",
+    "convert_original": "convert",
+    "generate": "generation",
+}
+
+# Written out for type checkers; a test keeps it equal to the table above.
+__all__ = [
+    "AutoModelForImageGeneration",
+    "CodeConfig",
+    "CodeForImageGeneration",
+    "CollaborativeNextScale",
+    "Decoding",
+    "MultiScaleVQConfig",
+    "MultiScaleVQModel",
+    "NextScale",
+    "VarConfig",
+    "VarForImageGeneration",
+    "VarModel",
+    "VarProcessor",
+    "__version__",
+    "compatible_decodings",
+    "convert_original",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,0 +1,129 @@
+"""The one table of families, their registration with transformers, and our own Auto classes."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from .generation import _compat
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Where the parts of a family are. Classes are dotted names below `package`, imported when they are asked
+    for.
+
+    Attributes:
+        name: the `model_type` of its configuration.
+        package: the folder, with `convert_<name>.py` and, where checkpoints were released, `presets.json`.
+        title: what it is, in a few words.
+        config: configuration class.
+        base_model: what `AutoModel` gives.
+        generator: what `AutoModelForImageGeneration` gives; `None` for a visual tokenizer.
+        processor: full dotted name of what `AutoProcessor` gives.
+    """
+
+    name: str
+    package: str
+    title: str
+    config: str
+    base_model: str
+    generator: str | None = None
+    processor: str | None = None
+
+    def load(self, class_name: str) -> Any:
+        """The class behind one of the dotted names."""
+        module, name = f"{self.package}.{class_name}".rsplit(".", 1)
+        return getattr(importlib.import_module(module), name)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="multiscale_vq",
+            package="hf_argen.modeling.tokenizers.multiscale_vq",
+            title="multi-scale residual VQ-VAE, the visual tokenizer of VAR",
+            config="configuration_multiscale_vq.MultiScaleVQConfig",
+            base_model="modeling_multiscale_vq.MultiScaleVQModel",
+        ),
+        Family(
+            name="var",
+            package="hf_argen.modeling.var",
+            title="VAR, next-scale prediction (arXiv 2404.02905)",
+            config="configuration_var.VarConfig",
+            base_model="modeling_var.VarModel",
+            generator="modeling_var.VarForImageGeneration",
+            processor="hf_argen.processors.processing_var.VarProcessor",
+        ),
+        Family(
+            name="code",
+            package="hf_argen.modeling.code",
+            title="CoDe, a large and a small VAR together (arXiv 2411.17787)",
+            config="configuration_code.CodeConfig",
+            base_model="modeling_code.CodeForImageGeneration",
+            generator="modeling_code.CodeForImageGeneration",
+            processor="hf_argen.processors.processing_var.VarProcessor",
+        ),
+    )
+}
+
+
+def register_with_transformers() -> None:
+    """Makes the Auto classes of transformers know every family; imports configurations, but no model."""
+    for family in FAMILIES.values():
+        config_class = family.load(family.config)
+        AutoConfig.register(family.name, config_class, exist_ok=True)
+        _compat.register_lazily(AutoModel, config_class, f"{family.package}.{family.base_model}")
+        if family.processor is not None:
+            _compat.register_lazily(AutoProcessor, config_class, family.processor)
+
+
+class AutoModelForImageGeneration:
+    """
+    The image generator that a configuration describes.
+
+    >>> model = AutoModelForImageGeneration.from_pretrained("folder-or-repository")
+    """
+
+    def __init__(self):
+        raise TypeError(
+            "Make a model with AutoModelForImageGeneration.from_pretrained(...) or .from_config(...)."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> PreTrainedModel:
+        """
+        Loads a saved model; takes what `PreTrainedModel.from_pretrained` takes, `strict` included.
+
+        Raises:
+            ValueError: the folder or repository holds no image generator of ours, or its weights do not fit.
+        """
+        config = kwargs.pop("config", None)
+        if config is None:
+            hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        model_class = cls._model_class(config)
+        return model_class.from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        )
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """An untrained model for `config`; takes `dtype` and `attn_implementation`."""
+        return _compat.from_config(cls._model_class(config), config, **kwargs)
+
+    @staticmethod
+    def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+        family = FAMILIES.get(config.model_type)
+        if family is None or family.generator is None:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.generator is not None)
+            raise ValueError(
+                f"The model type {config.model_type!r} is no image generator of hf_argen; they are {known}."
+            )
+        return family.load(family.generator)

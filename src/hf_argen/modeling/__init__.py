@@ -1,0 +1,1 @@
+"""Models: one folder per family, visual tokenizers, and what they share."""
