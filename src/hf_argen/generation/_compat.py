@@ -80,3 +80,11 @@ def from_config(
 ) -> PreTrainedModel:
     """An untrained model; takes `dtype` and `attn_implementation`, as the Auto classes do."""
     return model_class._from_config(config, **kwargs)
+
+
+def keep_own_entries(config: GenerationConfig) -> None:
+    """
+    Lets entries that transformers does not know, such as `decoding`, survive saving and loading: it drops them from a
+    generation configuration that is marked as derived from the model's.
+    """
+    config._from_model_config = False

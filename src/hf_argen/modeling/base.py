@@ -1,11 +1,14 @@
 """Base classes of all families."""
 
+import os
 from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
+from ..generation import _compat
+from ..generation.decoding import Decoding
 from . import conversion
 from .loading import StrictPreTrainedModel
 
@@ -40,6 +43,16 @@ class ArgenPreTrainedModel(StrictPreTrainedModel):
         if not isinstance(model, cls):
             raise ValueError(f"{source!r} ({variant}) converts to {type(model).__name__}, not to {cls.__name__}.")
         return model
+
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a decoding set as an object in `generation_config` is stored in its plain form."""
+        config = getattr(self, "generation_config", None)
+        if config is not None:
+            if isinstance(decoding := getattr(config, "decoding", None), Decoding):
+                decoding.store(config)
+            _compat.keep_own_entries(config)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ImageModelMixin:

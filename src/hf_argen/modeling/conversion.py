@@ -167,7 +167,13 @@ def convert(
                 f"Unknown role {role!r}{_closest(role, known)}; the roles of {converter.family} are "
                 f"{', '.join(known)}."
             )
-    weights = _read_weights(converter, files)
+    return convert_weights(converter, _read_weights(converter, files), original_config)
+
+
+def convert_weights(
+    converter: Converter, weights: dict[str, StateDict], original_config: Mapping[str, Mapping[str, Any]]
+) -> PreTrainedModel:
+    """As [`convert`], from role -> state dict; empties `weights` on the way, so that nothing is held twice."""
     plan = converter.plan(weights, original_config)
     state: StateDict = {}
     for role in list(weights):

@@ -26,12 +26,9 @@ class CodeConfig(VarConfig):
 
     refiner_config: dict | PreTrainedConfig | None = field(default_factory=dict)
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def _complete_from_tokenizer(self) -> None:
+        super()._complete_from_tokenizer()
         if isinstance(self.refiner_config, dict):
-            from_drafter = {
-                name: getattr(self, name)
-                for name in ("vocab_size", "codebook_dim", "patch_nums", "condition_type", "num_classes")
-            }
-            own = {**from_drafter, **self.refiner_config, "image_tokenizer_config": None}
-            self.refiner_config = as_config(own, VarConfig)
+            shared = ("vocab_size", "codebook_dim", "patch_nums", "condition_type", "num_classes")
+            fields = {name: getattr(self, name) for name in shared} | self.refiner_config
+            self.refiner_config = as_config(fields | {"image_tokenizer_config": None}, VarConfig)

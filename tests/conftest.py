@@ -1,0 +1,17 @@
+"""Shared set-up of the tests."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same state of torch's global generator."""
+    torch.manual_seed(0)

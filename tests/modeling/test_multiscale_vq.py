@@ -1,0 +1,89 @@
+"""The multi-scale tokenizer against what the authors' code computed."""
+
+import pytest
+import torch
+
+from ..helpers.goldens import assert_close, assert_same_image, golden
+
+CASES = ["d2_adaln_l2_q4", "d3_saln_l2_q0", "d2_adaln_nol2_q1", "tok_ch8_q4_rect"]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return golden("var", request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(case):
+    return case.convert("tokenizer") if case.name == "tok_ch8_q4_rect" else case.convert().image_tokenizer
+
+
+@torch.no_grad()
+def test_encoder_and_ids(case, tokenizer):
+    image = case.tensors["tok.image"]
+    assert_close(tokenizer.encoder(image), case.tensors["tok.encoder_out"])
+    latents = tokenizer.encode_latents(image)
+    assert_close(latents, case.tensors["tok.f"])
+    ids, feature_maps = tokenizer.quantizer.quantize(latents)
+    assert torch.equal(ids, case.tensors["tok.ids"])
+    assert torch.equal(tokenizer.encode(image), case.tensors["tok.ids"])
+    assert_close(torch.stack(feature_maps), case.tensors["tok.f_hats"])
+
+
+@torch.no_grad()
+def test_teacher_forcing_input(case, tokenizer):
+    ids = case.tensors["tok.ids"]
+    assert_close(tokenizer.quantizer.scale_inputs(ids), case.tensors["tok.var_input"])
+    last = tokenizer.quantizer.embed(tokenizer.quantizer.split(ids)[-1])
+    assert_close(last, case.tensors["tok.codebook_lookup"])
+
+
+@torch.no_grad()
+def test_scale_inputs_of_the_first_scales(case, tokenizer):
+    ids, inputs = case.tensors["tok.ids"], case.tensors["tok.var_input"]
+    lengths = [h * w for h, w in tokenizer.config.grid_sizes]
+    for stop in range(1, len(lengths)):
+        part = tokenizer.quantizer.scale_inputs(ids[:, : sum(lengths[:stop])])
+        assert_close(part, inputs[:, : part.shape[1]]) if stop > 1 else None
+        assert part.shape[1] == sum(lengths[1:stop])
+
+
+@torch.no_grad()
+def test_pictures(case, tokenizer):
+    ids, tensors = case.tensors["tok.ids"], case.tensors
+    assert_same_image(tokenizer.reconstruct(tensors["tok.image"]), tensors["tok.recon_last"])
+    assert_same_image(tokenizer.decode(ids)[..., 1::4, 1::4], tensors["tok.ids_to_img_s4"])
+    maps = tokenizer.quantizer.feature_maps(ids)
+    assert_same_image(tokenizer.decode(maps[0])[..., 1::4, 1::4], tensors["tok.recon_scale0_s4"])
+    assert_same_image(tokenizer.decode(maps[len(maps) // 2])[..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"])
+    raw = tokenizer.decoder(tokenizer.post_quant_conv(maps[-1]))
+    assert_close(raw[..., 1::4, 1::4], tensors["tok.decoder_raw_s4"])
+
+
+@torch.no_grad()
+def test_progressive_previews(case, tokenizer):
+    maps = tokenizer.quantizer.feature_maps(case.tensors["tok.ids"], progressive=True)
+    assert_close(maps[-1], case.tensors["tok.fhats_not_same_shape_last"])
+    assert_same_image(tokenizer.decode(maps[1]), case.tensors["tok.ids_to_img_native_s1"])
+
+
+@torch.no_grad()
+def test_training_loss(case, tokenizer):
+    image = case.tensors["tok.image"]
+    output = tokenizer(image)
+    assert_close(output.reconstruction[..., 1::4, 1::4], case.tensors["tok.train_recon_s4"])
+    assert_close(output.quantization_loss.view(1), case.tensors["tok.train_vq_loss"])
+    assert output.loss.item() == pytest.approx(
+        (output.reconstruction_loss + output.quantization_loss).item(), rel=1e-6
+    )
+    cells = image.shape[0] * tokenizer.config.grid_sizes[-1][0] * tokenizer.config.grid_sizes[-1][1]
+    assert tokenizer.quantizer.usage_percent(cells) == pytest.approx(case.tensors["tok.train_usages"].tolist())
+
+
+@torch.no_grad()
+def test_non_square_picture():
+    case = golden("var", "tok_ch8_q4_rect")
+    tokenizer, scales = case.convert("tokenizer"), [(1, 1), (1, 2), (2, 3), (4, 6)]
+    ids = tokenizer.encode(case.tensors["tok.rect_image"], patch_nums=scales)
+    assert torch.equal(ids, case.tensors["tok.rect_ids"])
+    assert_same_image(tokenizer.decode(ids, patch_nums=scales), case.tensors["tok.rect_recon"])
