@@ -10,7 +10,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from ...generation.mixin import ImageGenerationMixin
@@ -268,7 +268,7 @@ class VarModel(VarPreTrainedModel):
         past_key_values: Cache | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> BaseModelOutput | tuple:
         """
         Args:
             condition: (batch, hidden_size), from `class_condition` or `text_condition`.
@@ -290,9 +290,8 @@ class VarModel(VarPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, modulation, mask, past_key_values)
             all_hidden_states += (hidden_states,)
-        output = BaseModelOutputWithPast(
+        output = BaseModelOutput(
             last_hidden_state=self.norm(hidden_states, condition),
-            past_key_values=past_key_values,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
