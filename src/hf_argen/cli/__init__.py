@@ -1,0 +1,5 @@
+"""The `argen` command."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""`python -m hf_argen.cli`."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())
