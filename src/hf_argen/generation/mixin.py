@@ -153,7 +153,10 @@ class ImageGenerationMixin(GenerationMixin):
         if kwargs.get("top_p", given.top_p) == 0.0:
             kwargs = {**kwargs, "top_p": 1.0}
         self._check_values(kwargs, given)
+        # transformers refuses several sequences without sampling; here the drawn classes differ all the same.
+        count = kwargs.pop("num_return_sequences", None)
         config, unknown = _compat.prepare_generation_config(self, generation_config, kwargs)
+        config.num_return_sequences = count or config.num_return_sequences
         if unknown:
             name = next(iter(unknown))
             known = [*inspect.signature(self.generate).parameters, *vars(config)]

@@ -59,15 +59,14 @@ class ImageModelMixin:
     """What the image families share: a frozen visual tokenizer and the way from tokens to pictures."""
 
     def build_image_tokenizer(self, config: PreTrainedConfig | None) -> nn.Module | None:
-        """The tokenizer that a sub-configuration describes; it is not trained along with the model."""
-        if config is None:
-            return None
-        return AutoModel.from_config(config).requires_grad_(False)
+        """The tokenizer that a sub-configuration describes, frozen."""
+        return None if config is None else AutoModel.from_config(config).requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
+        """As in torch; the image tokenizer has a training of its own and stays frozen, in evaluation mode."""
         super().train(mode)
         if self.image_tokenizer is not None:
-            self.image_tokenizer.eval()  # its statistics and dropout belong to its own training
+            self.image_tokenizer.eval().requires_grad_(False)
         return self
 
     def check_image_tokenizer(self) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Processors: what a person gives (label, caption, picture) to tensors, and tensors to pictures."""

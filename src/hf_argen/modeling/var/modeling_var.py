@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -199,8 +199,7 @@ class VarModel(VarPreTrainedModel):
         else:
             self.null_text_embedding = nn.Embedding(1, config.text_embed_dim)
             self.text_projection = nn.Linear(config.text_embed_dim, hidden)
-            text = config.text_encoder_config
-            self.text_encoder = AutoModel.from_config(text) if text is not None else None
+            self.text_encoder = self.build_text_encoder(config.text_encoder_config)
         self.start_embedding = nn.Parameter(torch.empty(1, lengths[0], hidden))
         self.position_embedding = nn.Parameter(torch.empty(1, sum(lengths), hidden))
         self.scale_embedding = nn.Embedding(len(lengths), hidden)
@@ -210,6 +209,16 @@ class VarModel(VarPreTrainedModel):
         self.norm = AdaLNOutput(hidden, hidden, config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def build_text_encoder(config: PreTrainedConfig | None) -> nn.Module | None:
+        """Any text encoder of transformers, without the pooling layer that some have: tokens are averaged here."""
+        if config is None:
+            return None
+        encoder = AutoModel.from_config(config)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None
+        return encoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.input_projection

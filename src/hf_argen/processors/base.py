@@ -1,0 +1,179 @@
+"""The processor that image families share."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+MAX_PROMPT_CHARACTERS = 2000
+
+
+class ImageGenerationProcessor(ProcessorMixin):
+    """
+    Turns class labels (ids or names), prompts and pictures into tensors, and generated pictures into PIL images.
+
+    Args:
+        tokenizer: of the prompts of a text-conditional model; `None` for a class-conditional one.
+        class_names: name of each class, in the order of the ids.
+        image_size: (height, width) of the pictures.
+        max_prompt_tokens: longer prompts are cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        class_names: Sequence[str] | None = None,
+        image_size: Sequence[int] = (256, 256),
+        max_prompt_tokens: int = 32,
+    ):
+        self.chat_template = None
+        self.tokenizer = tokenizer
+        self.class_names = None if class_names is None else list(class_names)
+        self.image_size = tuple(image_size)
+        self.max_prompt_tokens = max_prompt_tokens
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """No sub-processor that transformers would insist on: the tokenizer is optional."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "processor_class": type(self).__name__,
+            "class_names": self.class_names,
+            "image_size": list(self.image_size),
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "has_tokenizer": self.tokenizer is not None,
+        }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Loads what `save_pretrained` wrote, from a folder or a Hub repository."""
+        options, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        options = {key: value for key, value in options.items() if key != "processor_class"}
+        tokenizer = None
+        if options.pop("has_tokenizer", False):
+            kwargs = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(tokenizer=tokenizer, **options)
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        images: Any = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """
+        Args:
+            text: one prompt or a list of them.
+            class_labels: one class or a list, by id or by name; -1 for none.
+            images: a picture or a list of them (PIL), brought to `image_size`.
+
+        Returns:
+            `prompt_ids` and `prompt_attention_mask` (batch, tokens) int64; `class_labels` (batch,) int64;
+            `pixel_values` (batch, 3, height, width) float32 in [-1, 1]; as far as given.
+
+        Raises:
+            ValueError: an empty prompt or list, an over-long prompt, an unknown class.
+        """
+        data: dict[str, torch.Tensor] = {}
+        if text is not None:
+            data |= self.encode_prompts([text] if isinstance(text, str) else list(text))
+        if class_labels is not None:
+            data["class_labels"] = self.encode_labels(class_labels)
+        if images is not None:
+            data["pixel_values"] = self.preprocess(images)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts to token ids and their mask."""
+        if self.tokenizer is None:
+            raise ValueError("This model draws classes, not prompts; give class_labels.")
+        if not prompts:
+            raise ValueError("The list of prompts is empty; give at least one.")
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"The prompt {prompt!r} is empty; describe the picture in a few words.")
+            if len(prompt) > MAX_PROMPT_CHARACTERS:
+                raise ValueError(
+                    f"The prompt {prompt[:20] + '...'!r} has {len(prompt)} characters; {MAX_PROMPT_CHARACTERS} are "
+                    "the most that is accepted."
+                )
+        encoded = self.tokenizer(
+            [prompt.lower().strip() for prompt in prompts],
+            padding=True,
+            truncation=True,
+            max_length=self.max_prompt_tokens,
+            return_tensors="pt",
+        )
+        return {"prompt_ids": encoded["input_ids"], "prompt_attention_mask": encoded["attention_mask"]}
+
+    def encode_labels(self, labels: int | str | Sequence[int | str]) -> torch.LongTensor:
+        """Class ids or names to ids (batch,) int64."""
+        labels = [labels] if isinstance(labels, int | str) else list(labels)
+        if not labels:
+            raise ValueError("The list of class labels is empty; give at least one.")
+        return torch.tensor([label if isinstance(label, int) else self._class_of(str(label)) for label in labels])
+
+    def _class_of(self, name: str) -> int:
+        """The id of a class name; each of the names that one class has, separated by commas, will do."""
+        if self.class_names is None:
+            raise ValueError(f"This model has no class names; give the id of {name!r}.")
+        wanted = name.strip().lower()
+        known: dict[str, int] = {}
+        for index, names in enumerate(self.class_names):
+            for one in (names, *names.split(",")):
+                known.setdefault(one.strip().lower(), index)
+        if wanted in known:
+            return known[wanted]
+        close = difflib.get_close_matches(wanted, known, n=3)
+        hint = f"the closest are {', '.join(repr(one) for one in close)}" if close else "see processor.class_names"
+        raise ValueError(f"There is no class {name!r}; {hint}.")
+
+    def preprocess(self, images: Any) -> torch.Tensor:
+        """Pictures to (batch, 3, height, width) float32 in [-1, 1]: short side resized, centre cut out."""
+        images = images if isinstance(images, list | tuple) else [images]
+        height, width = self.image_size
+        batch = []
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise ValueError(f"A picture is given as {type(image).__name__}; give PIL images.")
+            image = _cut(flatten(image), height, width)
+            batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        return torch.stack(batch).float() / 127.5 - 1
+
+    @staticmethod
+    def postprocess(images: torch.Tensor) -> list[Image.Image]:
+        """Pictures (batch, 3, height, width) in [0, 1] to PIL images."""
+        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in pixels]
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """An RGB picture; transparent parts become white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def _cut(image: Image.Image, height: int, width: int) -> Image.Image:
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))

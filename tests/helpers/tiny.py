@@ -1,0 +1,68 @@
+"""Small models and tokenizers with random weights."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from hf_argen import MultiScaleVQConfig, VarConfig, VarForImageGeneration
+
+PROMPTS = ["red apple", "green tree", "blue car", "a cat and a dog"]
+
+
+def tokenizer_config(**changes) -> MultiScaleVQConfig:
+    """An image tokenizer of 16x16 pixels and 4x4 cells."""
+    fields = {
+        "codebook_size": 16,
+        "latent_channels": 4,
+        "base_channels": 8,
+        "channel_multiplier": [1, 1, 2],
+        "num_res_blocks": 1,
+        "norm_num_groups": 4,
+        "patch_nums": [1, 2, 4],
+    }
+    return MultiScaleVQConfig(**{**fields, **changes})
+
+
+def var_config(**changes) -> VarConfig:
+    """A class-conditional VAR of two layers on that tokenizer."""
+    fields = {
+        "image_tokenizer_config": tokenizer_config(),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_classes": 5,
+    }
+    return VarConfig(**{**fields, **changes})
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """A `tokenizers` tokenizer trained on a few prompts."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        PROMPTS, trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def text_var_config(vocab_size: int) -> VarConfig:
+    """A text-conditional VAR with a text encoder of one layer."""
+    encoder = BertConfig(
+        vocab_size=vocab_size, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    return var_config(condition_type="text", text_encoder_config=encoder)
+
+
+def spread(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
+    """Random weights that are large enough for logits to differ; a fresh model is near uniform."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("image_tokenizer.") and parameter.ndim > 1:
+                parameter.normal_(std=std)
+    return model.eval()
+
+
+def tiny_var(**changes) -> VarForImageGeneration:
+    """The class-conditional model with spread weights."""
+    return spread(VarForImageGeneration(var_config(**changes)))
