@@ -19,7 +19,8 @@ import json, sys, time
 from transformers import AutoModel, AutoProcessor, pipeline
 start = time.perf_counter()
 import hf_argen
-print(json.dumps({"seconds": time.perf_counter() - start, "modules": [m for m in sys.modules if "hf_argen" in m]}))
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": [name for name in sys.modules if "hf_argen" in name]}))
 """
 
 
@@ -90,7 +91,9 @@ def test_auto_model_for_image_generation(saved):
 
 def test_auto_model_for_image_generation_is_strict(tmp_path):
     model = golden("var", "d2_adaln_l2_q4").convert()
-    model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "head" not in k})
+    model.save_pretrained(
+        tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "head" not in k}
+    )
     with pytest.raises(ValueError, match=r"missing head\.out_proj\.bias"):
         AutoModelForImageGeneration.from_pretrained(tmp_path)
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModel, AutoProcessor
 
 import hf_argen
-from hf_argen import VarForImageGeneration
+from hf_argen import VarForImageGeneration, VarProcessor
 from hf_argen.cli import main
 
 from .helpers.goldens import golden
@@ -53,8 +54,18 @@ def test_convert_writes_what_from_pretrained_opens(tmp_path, capsys, options, re
     assert main(["convert", *options, str(out), GROUPS]) == 0
     assert f"{out}: VarForImageGeneration, 0.2 million parameters" in capsys.readouterr().out
     assert_converted(out, reference)
+    processor = AutoProcessor.from_pretrained(out)
+    assert type(processor) is VarProcessor and processor.image_size == (80, 80)
     assert [path.name for path in out.parent.iterdir()] == ["model"]
     assert json.loads((out / "generation_config.json").read_text())["guidance_scale"] == 1.5
+
+
+def test_convert_writes_a_tokenizer_alone(tmp_path, reference):
+    file = reference.files("tokenizer")["tokenizer"]
+    scales = "--config=tokenizer.v_patch_nums=[1, 2, [3, 4]]"
+    assert main(["convert", "var", str(tmp_path / "out"), f"--file=tokenizer={file}", GROUPS, scales]) == 0
+    assert AutoModel.from_pretrained(tmp_path / "out").config.patch_nums == [1, 2, [3, 4]]
+    assert not (tmp_path / "out" / "processor_config.json").exists()
 
 
 def test_convert_reads_arguments_from_json(tmp_path, options, reference):

@@ -100,9 +100,7 @@ def test_no_residual_convolutions(edited):
     model = convert_original("var", edited("tokenizer", remove), GROUPS)
     config = model.image_tokenizer.config
     assert (config.num_residual_convs, config.residual_conv_ratio) == (0, 0.0)
-    with pytest.raises(
-        ConversionError, match=r"quant_resi=0\.5, but the weights say that there are no residual"
-    ):
+    with pytest.raises(ConversionError, match=r"quant_resi=0\.5, but the weights say there are no residual"):
         convert_original(
             "var", edited("tokenizer", remove), {"tokenizer": {"norm_num_groups": 4, "quant_resi": 0.5}}
         )

@@ -4,7 +4,14 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from .generation import _compat
 
@@ -22,7 +29,7 @@ class Family:
         config: configuration class.
         base_model: what `AutoModel` gives.
         generator: what `AutoModelForImageGeneration` gives; `None` for a visual tokenizer.
-        processor: full dotted name of what `AutoProcessor` gives.
+        processor: what `AutoProcessor` gives, its whole dotted name, since families share processors.
     """
 
     name: str
@@ -35,8 +42,13 @@ class Family:
 
     def load(self, class_name: str) -> Any:
         """The class behind one of the dotted names."""
-        module, name = f"{self.package}.{class_name}".rsplit(".", 1)
-        return getattr(importlib.import_module(module), name)
+        return imported(f"{self.package}.{class_name}")
+
+
+def imported(name: str) -> Any:
+    """The object behind a dotted name."""
+    module, attribute = name.rsplit(".", 1)
+    return getattr(importlib.import_module(module), attribute)
 
 
 FAMILIES = {
@@ -79,6 +91,16 @@ def register_with_transformers() -> None:
         _compat.register_lazily(AutoModel, config_class, f"{family.package}.{family.base_model}")
         if family.processor is not None:
             _compat.register_lazily(AutoProcessor, config_class, family.processor)
+
+
+def new_processor(config: PreTrainedConfig) -> ProcessorMixin | None:
+    """The processor of a converted model, without class names; `None` for a visual tokenizer."""
+    family = FAMILIES[config.model_type]
+    if family.processor is None:
+        return None
+    tokenizer = config.image_tokenizer_config
+    image_size = [side * tokenizer.downsampling_factor for side in tokenizer.grid_sizes[-1]]
+    return imported(family.processor)(image_size=image_size)
 
 
 class AutoModelForImageGeneration:

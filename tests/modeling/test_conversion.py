@@ -17,6 +17,7 @@ from hf_argen.modeling.key_map import Drop, KeyMap, Rename, Reshape, Split
 from hf_argen.modeling.tokenizers.multiscale_vq.convert_multiscale_vq import TOKENIZER
 from hf_argen.modeling.var.convert_var import CONVERTER as VAR
 from hf_argen.modeling.var.convert_var import TRANSFORMER
+
 from ..helpers.goldens import golden
 from ..helpers.released import released_state_dict
 

@@ -33,11 +33,13 @@ def _root(
 @app.command("convert")
 def _convert(
     source: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_FAMILY", help="A released checkpoint, or a family with --file.")
+        str,
+        typer.Argument(metavar="PRESET_OR_FAMILY", help="A released checkpoint, or a family with --file."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     file: Annotated[
-        list[str] | None, typer.Option(metavar="ROLE=PATH", help="A file of your own, for example tokenizer=vae.pth.")
+        list[str] | None,
+        typer.Option(metavar="ROLE=PATH", help="A file of your own, for example tokenizer=vae.pth."),
     ] = None,
     config: Annotated[
         list[str] | None,
@@ -71,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default: those of this process.
 
     Returns:
-        The exit status: 0, 2 for bad input, 1 for anything else that failed. With ARGEN_DEBUG=1 in the environment
-        errors are raised instead.
+        The exit status: 0, 2 for bad input, 1 for anything else that failed. With ARGEN_DEBUG=1 in the
+        environment errors are raised instead.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ARGEN_DEBUG") == "1":
             raise
-        # Bad input reaches us as a ValueError; what the system refuses (disk, memory, rights) as anything else.
+        # Bad input reaches us as a ValueError, what the system refuses (disk, memory) as anything else.
         return _fail(str(error) or type(error).__name__, BAD_INPUT if isinstance(error, ValueError) else 1)
 
 

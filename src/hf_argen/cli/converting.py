@@ -106,12 +106,17 @@ def _value(text: str) -> Any:
 
 
 def _write(model: Any, out: Path) -> None:
-    """Writes beside `out` first, so that an interruption leaves `out` as it was."""
+    """Writes model and processor beside `out` first, so that an interruption leaves `out` as it was."""
+    from ..auto import new_processor
+
+    processor = new_processor(model.config)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{state}-{os.getpid()}") for state in ("new", "old"))
     try:
         model.save_pretrained(fresh)
+        if processor is not None:
+            processor.save_pretrained(fresh)
         if out.exists():
             out.rename(old)
         fresh.rename(out)

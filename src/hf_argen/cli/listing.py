@@ -6,7 +6,7 @@ import typer
 
 
 def list_command() -> None:
-    """Prints families with the roles of their files, released checkpoints with their metrics, and decodings."""
+    """Prints families with their files' roles, released checkpoints with their metrics, and decodings."""
     from ..auto import FAMILIES
     from ..generation.decoding import available
     from ..modeling.conversion import converter_of, load_presets

@@ -173,7 +173,7 @@ def convert(
 def convert_weights(
     converter: Converter, weights: dict[str, StateDict], original_config: Mapping[str, Mapping[str, Any]]
 ) -> PreTrainedModel:
-    """As [`convert`], from role -> state dict; empties `weights` on the way, so that nothing is held twice."""
+    """As [`convert`], from role -> state dict; empties `weights` on the way, to hold nothing twice."""
     plan = converter.plan(weights, original_config)
     state: StateDict = {}
     for role in list(weights):
@@ -316,7 +316,7 @@ def convert_from_hub(
 def convert_preset(
     family_package: str, name: str, folder: Path | None = None, **hub_kwargs: Any
 ) -> PreTrainedModel:
-    """Converts the preset `name` from the files in `folder`, or from the Hub; logs a licence with conditions."""
+    """Converts the preset `name` from `folder`, or from the Hub; logs a licence with conditions."""
     preset = load_presets(family_package)[name]
     if preset["licence"] not in PERMISSIVE_LICENCES:
         logger.warning("Licence of %s: %s", name, preset["licence_note"])

@@ -113,7 +113,7 @@ def _scales(state_dict: StateDict, given: OriginalArguments) -> list:
     if asked is not None:
         scales = normalize_patch_nums(asked)
         if [height * width for height, width in grid_sizes(scales)] != lengths:
-            given.contradiction("patch_nums", f"that the scales have {lengths} tokens")
+            given.contradiction("patch_nums", f"the scales have {lengths} tokens")
         return scales
     if any(math.isqrt(length) ** 2 != length for length in lengths):
         raise ConversionError(

@@ -44,11 +44,6 @@ def _coder(name: str, level: str, blocks: str, resampling: str) -> list[Rule]:
     ]
 
 
-# How the authors name the residual convolutions phi, by the way in which scales share them.
-PHI_PARTIALLY_SHARED = "quantize.quant_resi.qresi_ls.{i}.weight"
-PHI_SHARED = "quantize.quant_resi.qresi.weight"
-PHI_PER_SCALE = "quantize.quant_resi.{i}.weight"
-
 TOKENIZER = KeyMap(
     [
         *_coder("encoder", "down", "down_blocks", "downsample"),
@@ -157,29 +152,27 @@ def _fit_hits(state_dict: StateDict, num_scales: int, codebook_size: int) -> Non
 
 def _residual_convs(state_dict: StateDict, given: OriginalArguments) -> tuple[int, float]:
     """Number of convolutions phi and the share that they have in the sum."""
-    forms = {PHI_PER_SCALE: 0, PHI_SHARED: 1, PHI_PARTIALLY_SHARED: count(state_dict, PHI_PARTIALLY_SHARED)}
-    counts = {
-        PHI_PER_SCALE: count(state_dict, PHI_PER_SCALE),
-        PHI_SHARED: int(PHI_SHARED in state_dict),
-        PHI_PARTIALLY_SHARED: forms[PHI_PARTIALLY_SHARED],
-    }
-    present = [form for form, number in counts.items() if number]
+    partly_shared = count(state_dict, "quantize.quant_resi.qresi_ls.{i}.weight")
+    per_scale = count(state_dict, "quantize.quant_resi.{i}.weight")
+    shared = int("quantize.quant_resi.qresi.weight" in state_dict)
+    # share_quant_resi is 0 for one each, 1 for one in all, otherwise their number.
+    forms = [(0, per_scale), (1, shared), (partly_shared, partly_shared)]
+    present = [form for form in forms if form[1]]
     if len(present) > 1:
         raise ConversionError(
-            f"The tokenizer has residual convolutions under two names: {' and '.join(present)}."
+            "The tokenizer names its residual convolutions quantize.quant_resi in two ways."
         )
     ratio = abs(given.get("quant_resi", 0.5 if present else 0.0))
     if bool(present) != (ratio > 1e-6):
-        given.contradiction(
-            "quant_resi", f"that there are {'some' if present else 'no'} residual convolutions"
-        )
+        given.contradiction("quant_resi", f"there are {'some' if present else 'no'} residual convolutions")
     if not present:
         given.ignore("share_quant_resi", "default_qresi_counts")
         return 0, 0.0
-    given.agree("share_quant_resi", forms[present[0]])
-    if given.get("default_qresi_counts") and present[0] == PHI_PER_SCALE:
-        given.agree("default_qresi_counts", counts[PHI_PER_SCALE])
-    return counts[present[0]], ratio
+    ((share, number),) = present
+    given.agree("share_quant_resi", share)
+    if given.get("default_qresi_counts") and not share:
+        given.agree("default_qresi_counts", number)
+    return number, ratio
 
 
 def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[str, Any]]) -> ConversionPlan:
