@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 
 
 class StrictLoadingMixin:
-    """Puts a strict `from_pretrained` in front of [`~transformers.PreTrainedModel.from_pretrained`]."""
+    """
+    Puts a strict `from_pretrained` in front of [`~transformers.PreTrainedModel.from_pretrained`].
+
+    Class attributes:
+        parts_of_larger_models: prefixes of weights that a checkpoint may have beyond this class, because a larger
+            model of the same family was saved.
+    """
+
+    parts_of_larger_models: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -52,7 +60,8 @@ class StrictLoadingMixin:
                 f"The weights of {name!r} cannot be read ({error}); the file is damaged or incomplete: fetch it again."
             ) from error
         mismatched = [] if ignore_mismatched else info.get("mismatched_keys", [])
-        problems = _describe(info.get("missing_keys", []), info.get("unexpected_keys", []), mismatched)
+        unexpected = [key for key in info.get("unexpected_keys", []) if not key.startswith(cls.parts_of_larger_models)]
+        problems = _describe(info.get("missing_keys", []), unexpected, mismatched)
         if problems:
             raise ValueError(
                 f"The weights of {name!r} do not fit {cls.__name__}: {problems}. Load the checkpoint with the class "

@@ -190,6 +190,8 @@ class VarModel(VarPreTrainedModel):
     sees its whole scale and all scales before it.
     """
 
+    parts_of_larger_models = ("head.", "image_tokenizer.")
+
     def __init__(self, config: VarConfig):
         super().__init__(config)
         hidden, lengths = config.hidden_size, config.scale_lengths

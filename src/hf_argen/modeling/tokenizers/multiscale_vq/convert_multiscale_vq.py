@@ -117,10 +117,10 @@ def tokenizer_config(
 
 def _norm_groups(given: OriginalArguments, width: int) -> int:
     groups = given.get("norm_num_groups", 32)
-    if width % groups:
+    if groups < 1 or width % groups:
         raise ConversionError(
-            f"The tokenizer's width {width} is not a multiple of norm_num_groups={groups}; give the number of "
-            "groups, which the weights do not tell, as original_config['tokenizer']['norm_num_groups']."
+            f"The tokenizer's width {width} is not a multiple of norm_num_groups={groups}; give the number "
+            "of groups, which the weights do not tell, as original_config['tokenizer']['norm_num_groups']."
         )
     return groups
 
@@ -160,7 +160,7 @@ def _residual_convs(state_dict: StateDict, given: OriginalArguments) -> tuple[in
     present = [form for form in forms if form[1]]
     if len(present) > 1:
         raise ConversionError(
-            "The tokenizer names its residual convolutions quantize.quant_resi in two ways."
+            "The tokenizer names its residual convolutions (quantize.quant_resi) in two ways."
         )
     ratio = abs(given.get("quant_resi", 0.5 if present else 0.0))
     if bool(present) != (ratio > 1e-6):
