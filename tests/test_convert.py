@@ -383,6 +383,18 @@ def test_arguments_that_contradict_the_weights(files, role, name, value):
     refuses(files, rf"original_config\['{role}'\] says {name}=.*, but the weights say", config)
 
 
+def test_number_of_residual_convolutions_can_be_given():
+    reference = golden("var", "d3_saln_l2_q0")
+    files, given = reference.files("tokenizer"), reference.original_config()["tokenizer"]
+    model = convert_original("var", files, {"tokenizer": {**given, "default_qresi_counts": 4}})
+    assert model.config.num_residual_convs == 4
+    refuses(
+        files,
+        "default_qresi_counts=3, but the weights say 4",
+        {"tokenizer": {**given, "default_qresi_counts": 3}},
+    )
+
+
 def test_unknown_argument(files):
     refuses(
         files, r"unknown argument 'dept' \(did you mean 'depth'\?\)", {**GROUPS, "transformer": {"dept": 2}}
