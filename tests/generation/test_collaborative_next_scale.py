@@ -62,7 +62,9 @@ def test_recorded_generation(case, model, tag):
         assert_close(output.logits, logits)
     steps = next(call["steps"] for call in case.case["generation"] if call["tag"] == tag)
     assert output.forward_calls == 5
-    assert_close(output.feature_maps[steps - 1], expected.get(f"{tag}.draft_f_hat", output.feature_maps[steps - 1]))
+    assert_close(
+        output.feature_maps[steps - 1], expected.get(f"{tag}.draft_f_hat", output.feature_maps[steps - 1])
+    )
 
 
 def test_drafter_alone(case, model):

@@ -1,5 +1,7 @@
 """Next-scale generation: the authors' tokens and pictures, greedy, sampled, smooth and in-painted."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_recorded_generation(models, name, tag):
         assert_same_image(output.images, image, tolerance)
     if f"{tag}.logits" in expected:
         assert_close(output.logits, expected[f"{tag}.logits"])
-    maps = expected[f"{tag}.f_hat"] if f"{tag}.f_hat" in expected else None
+    maps = expected.get(f"{tag}.f_hat")
     if maps is not None:
         ours = torch.stack(output.feature_maps) if maps.ndim == 5 else output.feature_maps[-1]
         assert_close(ours, maps, 1e-3 if "smooth" in tag else 1e-4)
@@ -100,16 +102,20 @@ def test_greedy_needs_no_random_numbers(models, name):
     """do_sample=False gives the authors' top_k = 1 without touching a generator."""
     case, model = converted(models, name)
     state = torch.get_rng_state()
-    output = run(case, model, recorded_call(case, "greedy"), do_sample=False, generator=None, top_k=None, top_p=None)
+    output = run(
+        case, model, recorded_call(case, "greedy"), do_sample=False, generator=None, top_k=None, top_p=None
+    )
     assert torch.equal(output.sequences, case.tensors["greedy.ids"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_one_generator_per_picture(models):
     """A picture does not depend on the batch around it."""
-    case, model = converted(models, "d2_adaln_l2_q4")
+    _, model = converted(models, "d2_adaln_l2_q4")
     options = {"do_sample": True, "top_k": 20, "guidance_scale": 1.5}
-    together = model.generate([1, 2, 3], generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)], **options)
+    together = model.generate(
+        [1, 2, 3], generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)], **options
+    )
     for row, (label, seed) in enumerate(zip((1, 2, 3), (5, 6, 7), strict=True)):
         alone = model.generate(label, generator=torch.Generator().manual_seed(seed), **options)
         assert torch.equal(alone[0], together[row])
@@ -204,7 +210,7 @@ def test_logits_processors_see_their_own_row(models):
     ids = model.generate(case.tensors["tf.labels"], logits_processor=[ban_what_the_row_has])
     ends = [0, 1, 5, 14, 30, 55]
     for row in ids:
-        for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        for start, stop in pairwise(ends):
             assert not set(row[start:stop].tolist()) & set(row[:start].tolist())
     assert [s.shape for s in seen] == [(2, 0), (8, 1), (18, 5), (32, 14), (50, 30)]
     assert torch.equal(seen[2][:9], ids[:1, :5].expand(9, -1))

@@ -41,7 +41,8 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.train_from_iterator(
-        PROMPTS, trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+        PROMPTS,
+        trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[PAD]", "[UNK]"], show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
@@ -49,7 +50,11 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
 def text_var_config(vocab_size: int) -> VarConfig:
     """A text-conditional VAR with a text encoder of one layer."""
     encoder = BertConfig(
-        vocab_size=vocab_size, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+        vocab_size=vocab_size,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
     )
     return var_config(condition_type="text", text_encoder_config=encoder)
 

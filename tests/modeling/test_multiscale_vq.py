@@ -55,7 +55,9 @@ def test_pictures(case, tokenizer):
     assert_same_image(tokenizer.decode(ids)[..., 1::4, 1::4], tensors["tok.ids_to_img_s4"])
     maps = tokenizer.quantizer.feature_maps(ids)
     assert_same_image(tokenizer.decode(maps[0])[..., 1::4, 1::4], tensors["tok.recon_scale0_s4"])
-    assert_same_image(tokenizer.decode(maps[len(maps) // 2])[..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"])
+    assert_same_image(
+        tokenizer.decode(maps[len(maps) // 2])[..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"]
+    )
     raw = tokenizer.decoder(tokenizer.post_quant_conv(maps[-1]))
     assert_close(raw[..., 1::4, 1::4], tensors["tok.decoder_raw_s4"])
 
@@ -77,7 +79,9 @@ def test_training_loss(case, tokenizer):
         (output.reconstruction_loss + output.quantization_loss).item(), rel=1e-6
     )
     cells = image.shape[0] * tokenizer.config.grid_sizes[-1][0] * tokenizer.config.grid_sizes[-1][1]
-    assert tokenizer.quantizer.usage_percent(cells) == pytest.approx(case.tensors["tok.train_usages"].tolist())
+    assert tokenizer.quantizer.usage_percent(cells) == pytest.approx(
+        case.tensors["tok.train_usages"].tolist()
+    )
 
 
 @torch.no_grad()

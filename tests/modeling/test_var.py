@@ -82,7 +82,9 @@ def test_training_step_is_the_authors():
     assert_close(norm.view(1), tensors["grad_norm"])
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("image_tokenizer.")}
     keys = case.convert("transformer", "tokenizer").state_dict().keys()
-    gradients = TRANSFORMER.narrowed(_original_keys(case)).revert({name: p.grad for name, p in trained.items()})
+    gradients = TRANSFORMER.narrowed(_original_keys(case)).revert(
+        {name: p.grad for name, p in trained.items()}
+    )
     for name in (name for name in tensors if name.startswith("grad.")):
         assert_close(gradients[name.removeprefix("grad.")], tensors[name])
     assert keys == model.state_dict().keys()
@@ -101,7 +103,9 @@ def test_trainer_checkpoint():
     model, tensors = case.convert("trainer"), case.tensors
     model.config.condition_dropout_in_eval = True
     torch.manual_seed(case.case["seeds"]["step"])
-    assert_close(model(input_ids=tensors["ids"], class_labels=tensors["labels"]).logits, tensors["after.logits"])
+    assert_close(
+        model(input_ids=tensors["ids"], class_labels=tensors["labels"]).logits, tensors["after.logits"]
+    )
     ids = model.generate(tensors["labels"], guidance_scale=2.0, do_sample=False)
     assert torch.equal(ids, tensors["after.greedy_ids"])
 

@@ -69,7 +69,10 @@ def test_the_text_encoder_is_trained(model, processor):
 def test_save_and_load_with_processor(model, processor, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded, loaded_processor = AutoModelForImageGeneration.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    loaded, loaded_processor = (
+        AutoModelForImageGeneration.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     options = {"guidance_scale": 2.0, "do_sample": False}
     expected = model.generate(**processor(PROMPTS), **options)
     assert torch.equal(loaded.generate(**loaded_processor(PROMPTS), **options), expected)

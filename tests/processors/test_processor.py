@@ -39,7 +39,12 @@ def test_bad_input_of_a_class_model(labels, call, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("  ", "is empty"), ([], "list of prompts is empty"), ("x" * 10_000, "has 10000 characters")],
+    [
+        ("", "is empty"),
+        ("  ", "is empty"),
+        ([], "list of prompts is empty"),
+        ("x" * 10_000, "has 10000 characters"),
+    ],
 )
 def test_bad_prompts(text, message):
     with pytest.raises(ValueError, match=message):

@@ -30,4 +30,6 @@ def generate(model: Any, decoding: Decoding | dict[str, Any] | str | None = None
     if chosen is None:
         return model.generate(**inputs)
     fitting = ", ".join(compatible_decodings(model)) or "none of ours"
-    raise ValueError(f"{type(model).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}.")
+    raise ValueError(
+        f"{type(model).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}."
+    )

@@ -59,7 +59,9 @@ class Guidance:
         if callable(self.schedule):
             return self.scale * self.schedule(step, num_steps)
         if len(self.schedule) != num_steps:
-            raise ValueError(f"guidance_schedule has {len(self.schedule)} factors; this model takes {num_steps} steps.")
+            raise ValueError(
+                f"guidance_schedule has {len(self.schedule)} factors; this model takes {num_steps} steps."
+            )
         return self.scale * self.schedule[step]
 
     def is_off(self, num_steps: int) -> bool:

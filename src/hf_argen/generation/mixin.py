@@ -109,16 +109,28 @@ class ImageGenerationMixin(GenerationMixin):
         config, schedule = self._generation_options(generation_config, guidance_schedule, kwargs)
         chosen = self._choose_decoding(decoding, config)
         inputs, batch_size = self._expand_inputs(
-            class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, config.num_return_sequences or 1, generator
+            class_labels,
+            prompt_embeds,
+            prompt_ids,
+            prompt_attention_mask,
+            config.num_return_sequences or 1,
+            generator,
         )
         if isinstance(generator, Sequence) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators were given for {batch_size} pictures; give one for each.")
+            raise ValueError(
+                f"{len(generator)} generators were given for {batch_size} pictures; give one for each."
+            )
         edit = self._prepare_edit(pixel_values, input_ids, keep_mask, batch_size)
         predictor = self.predictor_class(self, Guidance(config.guidance_scale or 0.0, schedule))
         num_steps = None if config.max_new_tokens is None else predictor.steps_for(config.max_new_tokens)
-        config.guidance_scale = None  # the predictor guides; transformers' processor would do it a second time
+        config.guidance_scale = (
+            None  # the predictor guides; transformers' processor would do it a second time
+        )
         processors, criteria = _compat.prepare_processors(
-            self, config, logits_processor or LogitsProcessorList(), stopping_criteria or StoppingCriteriaList()
+            self,
+            config,
+            logits_processor or LogitsProcessorList(),
+            stopping_criteria or StoppingCriteriaList(),
         )
         result = chosen.run(
             Request(
@@ -145,11 +157,16 @@ class ImageGenerationMixin(GenerationMixin):
         return self._pack(result, inputs, config)
 
     def _generation_options(
-        self, generation_config: GenerationConfig | None, schedule: GuidanceSchedule | None, kwargs: dict[str, Any]
+        self,
+        generation_config: GenerationConfig | None,
+        schedule: GuidanceSchedule | None,
+        kwargs: dict[str, Any],
     ) -> tuple[GenerationConfig, GuidanceSchedule]:
         """The options of this call: its own over those of `generation_config` over the model's stored ones."""
         given = generation_config or self.generation_config
-        has_top_k = any(value is not None for value in (kwargs.get("top_k"), given.top_k, self.generation_config.top_k))
+        has_top_k = any(
+            value is not None for value in (kwargs.get("top_k"), given.top_k, self.generation_config.top_k)
+        )
         if kwargs.get("top_p", given.top_p) == 0.0:
             kwargs = {**kwargs, "top_p": 1.0}
         self._check_values(kwargs, given)
@@ -169,7 +186,9 @@ class ImageGenerationMixin(GenerationMixin):
         if schedule is None:
             schedule = getattr(config, "guidance_schedule", None) or self.default_guidance_schedule
         if self.device.type == "cpu" and self.dtype == torch.float16:
-            warnings.warn("float16 is very slow on most CPUs; load the model with dtype=torch.bfloat16.", stacklevel=3)
+            warnings.warn(
+                "float16 is very slow on most CPUs; load the model with dtype=torch.bfloat16.", stacklevel=3
+            )
         return config, schedule
 
     def _check_values(self, kwargs: dict[str, Any], given: GenerationConfig) -> None:
@@ -185,7 +204,9 @@ class ImageGenerationMixin(GenerationMixin):
             value(name) for name in ("temperature", "top_k", "top_p", "num_return_sequences")
         )
         if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0 (do_sample=False takes the best token).")
+            raise ValueError(
+                f"temperature is {temperature}; it must be above 0 (do_sample=False takes the best token)."
+            )
         if top_k is not None and not 0 <= top_k <= self.config.vocab_size:
             raise ValueError(f"top_k is {top_k}; it must lie in [0, {self.config.vocab_size}], 0 is off.")
         if top_p is not None and not 0 <= top_p <= 1:
@@ -216,7 +237,9 @@ class ImageGenerationMixin(GenerationMixin):
             chosen = Decoding.from_config(config) or available()[default]()
         if not chosen.fits(self):
             fitting = ", ".join(compatible_decodings(self))
-            raise ValueError(f"{type(self).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}.")
+            raise ValueError(
+                f"{type(self).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}."
+            )
         return chosen
 
     def _expand_inputs(
@@ -237,7 +260,9 @@ class ImageGenerationMixin(GenerationMixin):
             self.check_class_labels(inputs["class_labels"])
         else:
             if class_labels is not None:
-                raise ValueError("This model draws from text; give prompt_ids or prompt_embeds, not class_labels.")
+                raise ValueError(
+                    "This model draws from text; give prompt_ids or prompt_embeds, not class_labels."
+                )
             texts = {
                 "prompt_embeds": prompt_embeds,
                 "prompt_ids": prompt_ids,
@@ -246,7 +271,9 @@ class ImageGenerationMixin(GenerationMixin):
             inputs = {name: value.to(self.device) for name, value in texts.items() if value is not None}
         if not inputs:
             return {"batch_size": num_return_sequences}, num_return_sequences
-        expanded = {name: value.repeat_interleave(num_return_sequences, dim=0) for name, value in inputs.items()}
+        expanded = {
+            name: value.repeat_interleave(num_return_sequences, dim=0) for name, value in inputs.items()
+        }
         batch_size = next(iter(expanded.values())).shape[0]
         if batch_size == 0:
             raise ValueError("The list of conditions is empty; give at least one class label or prompt.")
@@ -257,8 +284,14 @@ class ImageGenerationMixin(GenerationMixin):
         if pixel_values is None and input_ids is None and keep_mask is None:
             return None
         if keep_mask is None or (pixel_values is None) == (input_ids is None):
-            raise ValueError("Editing needs keep_mask and the source picture, as pixel_values or as input_ids.")
-        source = self.encode_images(pixel_values.to(self.device)) if input_ids is None else input_ids.to(self.device)
+            raise ValueError(
+                "Editing needs keep_mask and the source picture, as pixel_values or as input_ids."
+            )
+        source = (
+            self.encode_images(pixel_values.to(self.device))
+            if input_ids is None
+            else input_ids.to(self.device)
+        )
         return Edit(
             ids=_one_per_row(source, batch_size, "source picture"),
             keep=_one_per_row(self._mask_on_grid(keep_mask), batch_size, "keep_mask"),

@@ -25,7 +25,9 @@ class Randomness(Protocol):
 
     def gumbel(self, like: torch.Tensor, generator: Generators) -> torch.Tensor: ...
 
-    def uniform(self, choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor: ...
+    def uniform(
+        self, choices: int, count: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor: ...
 
 
 class TorchRandomness:
@@ -63,7 +65,8 @@ class TorchRandomness:
         return torch.multinomial(probs, count, True, generator=generator)
 
 
-_source: ContextVar[Randomness] = ContextVar("hf_argen_randomness", default=TorchRandomness())
+_TORCH: Randomness = TorchRandomness()
+_source: ContextVar[Randomness] = ContextVar("hf_argen_randomness", default=_TORCH)
 
 
 @contextmanager

@@ -41,9 +41,10 @@ class ArgenPreTrainedModel(StrictPreTrainedModel):
         package = cls.__module__.rsplit(".", 1)[0]
         model = conversion.convert_from_hub(package, source, variant, **kwargs)
         if not isinstance(model, cls):
-            raise ValueError(f"{source!r} ({variant}) converts to {type(model).__name__}, not to {cls.__name__}.")
+            raise ValueError(
+                f"{source!r} ({variant}) converts to {type(model).__name__}, not to {cls.__name__}."
+            )
         return model
-
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a decoding set as an object in `generation_config` is stored in its plain form."""

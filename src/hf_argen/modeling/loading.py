@@ -60,7 +60,9 @@ class StrictLoadingMixin:
                 f"The weights of {name!r} cannot be read ({error}); the file is damaged or incomplete: fetch it again."
             ) from error
         mismatched = [] if ignore_mismatched else info.get("mismatched_keys", [])
-        unexpected = [key for key in info.get("unexpected_keys", []) if not key.startswith(cls.parts_of_larger_models)]
+        unexpected = [
+            key for key in info.get("unexpected_keys", []) if not key.startswith(cls.parts_of_larger_models)
+        ]
         problems = _describe(info.get("missing_keys", []), unexpected, mismatched)
         if problems:
             raise ValueError(
@@ -73,7 +75,15 @@ class StrictLoadingMixin:
     def _check_model_type(cls, source, kwargs: dict[str, Any]) -> None:
         if kwargs.get("config") is not None or source is None:
             return
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+        hub_names = (
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "token",
+            "revision",
+            "subfolder",
+            "proxies",
+        )
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
         try:
             found, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
@@ -95,7 +105,9 @@ def _describe(missing, unexpected, mismatched, most: int = 3) -> str:
         return f"{kind} {', '.join(keys[:most])}{more}"
 
     shapes = [
-        f"{key[0]} (file {tuple(key[1])}, model {tuple(key[2])})" if isinstance(key, tuple | list) else str(key)
+        f"{key[0]} (file {tuple(key[1])}, model {tuple(key[2])})"
+        if isinstance(key, tuple | list)
+        else str(key)
         for key in mismatched
     ]
     groups = (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", shapes))

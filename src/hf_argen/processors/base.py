@@ -51,7 +51,9 @@ class ImageGenerationProcessor(ProcessorMixin):
             "has_tokenizer": self.tokenizer is not None,
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> Any:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -125,7 +127,9 @@ class ImageGenerationProcessor(ProcessorMixin):
         labels = [labels] if isinstance(labels, int | str) else list(labels)
         if not labels:
             raise ValueError("The list of class labels is empty; give at least one.")
-        return torch.tensor([label if isinstance(label, int) else self._class_of(str(label)) for label in labels])
+        return torch.tensor(
+            [label if isinstance(label, int) else self._class_of(str(label)) for label in labels]
+        )
 
     def _class_of(self, name: str) -> int:
         """The id of a class name; each of the names that one class has, separated by commas, will do."""
@@ -139,7 +143,11 @@ class ImageGenerationProcessor(ProcessorMixin):
         if wanted in known:
             return known[wanted]
         close = difflib.get_close_matches(wanted, known, n=3)
-        hint = f"the closest are {', '.join(repr(one) for one in close)}" if close else "see processor.class_names"
+        hint = (
+            f"the closest are {', '.join(repr(one) for one in close)}"
+            if close
+            else "see processor.class_names"
+        )
         raise ValueError(f"There is no class {name!r}; {hint}.")
 
     def preprocess(self, images: Any) -> torch.Tensor:

@@ -44,7 +44,9 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _grow(self, needed: int) -> None:
         if self.fixed:
-            raise ValueError(f"The cache holds {self.capacity} positions, {needed} are needed; raise max_length.")
+            raise ValueError(
+                f"The cache holds {self.capacity} positions, {needed} are needed; raise max_length."
+            )
         self.capacity = max(needed, 2 * self.capacity)
         for name in ("keys", "values"):
             old = getattr(self, name)

@@ -78,10 +78,15 @@ class CollaborativeNextScale(NextScale):
         model = request.model
         refiner = self.refiner if self.refiner is not None else getattr(model, "refiner", None)
         if refiner is None:
-            raise ValueError("CollaborativeNextScale needs a refiner: a small model of the same family, or its folder.")
+            raise ValueError(
+                "CollaborativeNextScale needs a refiner: a small model of the same family, or its folder."
+            )
         if isinstance(refiner, str):
             refiner = self.refiner = type(model).from_pretrained(refiner, dtype=model.dtype).to(model.device)
-        if refiner.config.patch_nums != model.config.patch_nums or refiner.config.vocab_size != model.config.vocab_size:
+        if (
+            refiner.config.patch_nums != model.config.patch_nums
+            or refiner.config.vocab_size != model.config.vocab_size
+        ):
             raise ValueError(
                 f"The refiner has the scales {refiner.config.patch_nums} and {refiner.config.vocab_size} codes, the "
                 f"model {model.config.patch_nums} and {model.config.vocab_size}; they must agree."
@@ -100,6 +105,8 @@ class CollaborativeNextScale(NextScale):
     def _stored(self, name: str, value: Any) -> Any:
         if name == "refiner" and not isinstance(value, str):
             if not value.name_or_path:
-                raise ValueError("The refiner was never saved or loaded; save it first, a decoding is stored by name.")
+                raise ValueError(
+                    "The refiner was never saved or loaded; save it first, a decoding is stored by name."
+                )
             return value.name_or_path
         return super()._stored(name, value)

@@ -62,7 +62,9 @@ class NextScale(Decoding):
         for name, low in (("top_k", 0), ("temperature", None)):
             values = getattr(self, name)
             if values is not None and any(value < 0 if low == 0 else value <= 0 for value in values):
-                raise ValueError(f"{name} holds {min(values)}; every value must be {'0 or above' if low == 0 else 'above 0'}.")
+                raise ValueError(
+                    f"{name} holds {min(values)}; every value must be {'0 or above' if low == 0 else 'above 0'}."
+                )
 
     def run(self, request: Request) -> DecodingResult:
         self.check(request)
@@ -120,7 +122,9 @@ class NextScale(Decoding):
         if not request.generation_config.do_sample:
             ids = scores.argmax(dim=-1)
             return ids, predictor.quantizer.embed(ids)
-        ids = categorical(scores.softmax(dim=-1), request.generator)
+        # The temperature of a scale stays out of the mixture below, as in CoDe.
+        tempered = scores if self.temperature is None else scores / self.temperature[step]
+        ids = categorical(tempered.softmax(dim=-1), request.generator)
         if not self.smooth:
             return ids, predictor.quantizer.embed(ids)
         progress = step / (num_scales - 1) if num_scales > 1 else 1.0
@@ -140,22 +144,20 @@ class NextScale(Decoding):
         return scores.view(batch, tokens, vocab)
 
     def processors(self, request: Request, step: int) -> LogitsProcessorList:
-        """The request's processors, with this decoding's own values of the scale where it has some."""
+        """The request's processors, those replaced for which this decoding has values per scale; `sample` divides."""
         if not request.generation_config.do_sample or (self.top_k is None and self.temperature is None):
             return request.logits_processor
         config = request.generation_config
         top_k = config.top_k if self.top_k is None else self.top_k[step]
-        temperature = config.temperature if self.temperature is None else self.temperature[step]
         replaced = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
         kept = [p for p in request.logits_processor if not isinstance(p, replaced)]
         warpers: list[Any] = []
+        if self.temperature is None and config.temperature not in (None, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(config.temperature)))
         if top_k:
             warpers.append(TopKLogitsWarper(top_k))
         if config.top_p is not None and config.top_p < 1.0:
             warpers.append(TopPLogitsWarper(config.top_p))
-        if temperature is not None and temperature != 1.0:
-            # With per-scale temperatures the order is CoDe's: masks first.
-            warpers.insert(0 if self.temperature is None else len(warpers), TemperatureLogitsWarper(float(temperature)))
         return LogitsProcessorList(kept + warpers)
 
     def commit(self, predictor: NextScalePredictor, request: Request, codes: torch.Tensor) -> None:

@@ -64,7 +64,9 @@ class NextScalePredictor(Predictor):
         """Scales that `max_new_tokens` tokens make."""
         ends = [sum(self.scale_lengths[: i + 1]) for i in range(self.num_scales)]
         if max_new_tokens not in ends:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; scales end after {ends} tokens: choose one of these.")
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; scales end after {ends} tokens: choose one of these."
+            )
         return ends.index(max_new_tokens) + 1
 
     def next_input(self) -> torch.Tensor:

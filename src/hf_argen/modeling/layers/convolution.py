@@ -11,14 +11,18 @@ from torch import nn
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions behind group norms, with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int, norm_eps: float, dropout: float):
+    def __init__(
+        self, in_channels: int, out_channels: int, norm_num_groups: int, norm_eps: float, dropout: float
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = self.shortcut(hidden_states)
@@ -41,7 +45,9 @@ class SpatialAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden_states)
         # (batch, 1, positions, channels): one head
-        query, key, value = (proj(normed).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v))
+        query, key, value = (
+            proj(normed).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v)
+        )
         attended = F.scaled_dot_product_attention(query, key, value)
         attended = attended[:, 0].transpose(1, 2).reshape(hidden_states.shape)
         return hidden_states + self.proj(attended)
@@ -99,7 +105,8 @@ class Level(nn.Module):
             ResnetBlock(width, out_channels, norm_num_groups, norm_eps, dropout) for width in widths
         )
         self.attentions = nn.ModuleList(
-            SpatialAttention(out_channels, norm_num_groups, norm_eps) for _ in range(num_blocks if attention else 0)
+            SpatialAttention(out_channels, norm_num_groups, norm_eps)
+            for _ in range(num_blocks if attention else 0)
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,8 @@ class VarAttention(nn.Module):
     ) -> torch.Tensor:
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query, key, value = (
-            proj(hidden_states).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(hidden_states).view(heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.use_qk_norm:
             factor = self.logit_scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
@@ -257,7 +258,9 @@ class VarModel(VarPreTrainedModel):
             pooled = torch.where(drop[:, None], null, pooled.to(null.dtype))
         return self.text_projection(pooled.to(self.text_projection.weight.dtype))
 
-    def embed(self, condition: torch.Tensor, features: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    def embed(
+        self, condition: torch.Tensor, features: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
         """Input of the first layer for the scales `start` to `stop` - 1, (batch, tokens, hidden_size)."""
         lengths = self.config.scale_lengths
         parts = []
@@ -293,7 +296,9 @@ class VarModel(VarPreTrainedModel):
         """
         stop = len(self.config.patch_nums) if stop is None else stop
         hidden_states = self.embed(condition, features, start, stop)
-        mask = block_causal_mask(self.config.scale_lengths[:stop], hidden_states.dtype, hidden_states.device, start)
+        mask = block_causal_mask(
+            self.config.scale_lengths[:stop], hidden_states.dtype, hidden_states.device, start
+        )
         modulation = condition
         if self.config.shared_adaln:
             modulation = remembered(past_key_values, "shared_modulation", self.shared_modulation, condition)
@@ -337,7 +342,9 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
         }
         for name, (own, theirs) in pairs.items():
             if own != theirs:
-                raise ValueError(f"{name} is {own} in the model and {theirs} in its image tokenizer; they must agree.")
+                raise ValueError(
+                    f"{name} is {own} in the model and {theirs} in its image tokenizer; they must agree."
+                )
 
     def condition(
         self,
@@ -369,7 +376,9 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
             return self.model.class_condition(class_labels)
         if prompt_embeds is None and prompt_ids is None:
             raise ValueError("This model draws from text; give prompt_ids or prompt_embeds.")
-        return self.model.text_condition(self.model.pool_text(prompt_embeds, prompt_ids, prompt_attention_mask), drop)
+        return self.model.text_condition(
+            self.model.pool_text(prompt_embeds, prompt_ids, prompt_attention_mask), drop
+        )
 
     def check_class_labels(self, class_labels: torch.Tensor) -> None:
         """Refuses labels that are neither a class nor the null class."""

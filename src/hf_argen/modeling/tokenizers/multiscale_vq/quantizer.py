@@ -35,7 +35,8 @@ class MultiScaleQuantizer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.codebook_size, config.latent_channels)
         self.residual_convs = nn.ModuleList(
-            ResidualConv(config.latent_channels, config.residual_conv_ratio) for _ in range(config.num_residual_convs)
+            ResidualConv(config.latent_channels, config.residual_conv_ratio)
+            for _ in range(config.num_residual_convs)
         )
         # How often each code is drawn per batch, averaged over training; a statistic, not used by the arithmetic.
         self.register_buffer("code_usage", torch.zeros(len(config.patch_nums), config.codebook_size))
@@ -82,7 +83,9 @@ class MultiScaleQuantizer(nn.Module):
         distances.addmm_(vectors, codebook.T, alpha=-2, beta=1)
         return torch.argmin(distances, dim=1)
 
-    def _scale_ids(self, residual: torch.Tensor, size: Grid, is_last: bool, codebook: torch.Tensor) -> torch.Tensor:
+    def _scale_ids(
+        self, residual: torch.Tensor, size: Grid, is_last: bool, codebook: torch.Tensor
+    ) -> torch.Tensor:
         pooled = residual if is_last else F.interpolate(residual, size=size, mode="area")
         vectors = pooled.permute(0, 2, 3, 1).reshape(-1, residual.shape[1])
         return self.nearest_codes(vectors, codebook).view(residual.shape[0], -1)
@@ -123,14 +126,18 @@ class MultiScaleQuantizer(nn.Module):
         ends = np.cumsum(lengths).tolist()
         if ids.ndim != 2 or ids.shape[1] not in (ends if partial else ends[-1:]):
             counts = f"one of {ends}" if partial else ends[-1]
-            raise ValueError(f"ids have the shape {tuple(ids.shape)}; the scales {grids} need (batch, {counts}).")
+            raise ValueError(
+                f"ids have the shape {tuple(ids.shape)}; the scales {grids} need (batch, {counts})."
+            )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.codebook_size:
             raise ValueError(
                 f"ids lie in [{int(ids.min())}, {int(ids.max())}]; the codebook has {self.config.codebook_size} codes."
             )
         return ids.split(lengths[: ends.index(ids.shape[1]) + 1], dim=1)
 
-    def feature_maps(self, ids: torch.Tensor, grids: list[Grid] | None = None, progressive: bool = False) -> list:
+    def feature_maps(
+        self, ids: torch.Tensor, grids: list[Grid] | None = None, progressive: bool = False
+    ) -> list:
         """
         The feature map after each scale, from ids (batch, tokens).
 
