@@ -240,7 +240,7 @@ def test_sharded_folder_with_a_missing_shard_or_a_damaged_index(tmp_path):
     ):
         read_checkpoint(tmp_path, "transformer")
     (tmp_path / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ConversionError, match="index .* of the transformer is damaged"):
+    with pytest.raises(ConversionError, match=r"index .* of the transformer is damaged"):
         read_checkpoint(tmp_path, "transformer")
 
 
