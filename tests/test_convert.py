@@ -83,6 +83,15 @@ def test_every_option_of_the_constructors_arrives(reference, files):
     assert (vq.commitment_loss_weight, vq.residual_conv_ratio) == (0.5, 0.25)
 
 
+def test_arguments_of_the_authors_hub_class(reference, files):
+    """Its constructor takes the tokenizer's arguments within its own; those given for the tokenizer win."""
+    arguments = reference.original_config()
+    nested = {**arguments["tokenizer"], "beta": 0.5, "norm_num_groups": 2}
+    transformer = {**arguments["transformer"], "vae_kwargs": nested}
+    vq = convert_original("var", files, {"transformer": transformer, **GROUPS}).config.image_tokenizer_config
+    assert (vq.commitment_loss_weight, vq.norm_num_groups) == (0.5, 4)
+
+
 @pytest.mark.parametrize(
     "case, number, ratio",
     [("d2_adaln_l2_q4", 4, 0.5), ("d2_adaln_nol2_q1", 1, 0.5), ("d3_saln_l2_q0", 4, 0.5)],

@@ -67,6 +67,22 @@ def test_recorded_generation(case, model, tag):
     )
 
 
+def test_smooth_mixture_has_no_temperature(case, model):
+    """As in the authors' code, the temperatures of the scales bear on the ids alone; the mixture makes the picture."""
+    outputs = [
+        model.generate(
+            case.tensors["labels"],
+            decoding=CollaborativeNextScale(draft_scales=2, temperature=[temperature] * 5, smooth=True),
+            generator=torch.Generator().manual_seed(0),
+            do_sample=True,
+            return_dict_in_generate=True,
+        )
+        for temperature in (1.0, 5.0)
+    ]
+    assert not torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(outputs[0].images, outputs[1].images)
+
+
 def test_drafter_alone(case, model):
     expected = case.tensors
     output = model.generate(

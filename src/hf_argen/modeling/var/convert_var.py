@@ -68,7 +68,7 @@ def transformer_config(
     mlp_width, _ = shape_of(state_dict, "blocks.0.ffn.fc1.weight", role, 2)
     if round(width * given.get("mlp_ratio", mlp_width / width)) != mlp_width:
         given.contradiction("mlp_ratio", mlp_width / width)
-    given.ignore("flash_if_available", "fused_if_available")
+    given.ignore("flash_if_available", "fused_if_available", "vae_kwargs")
     use_qk_norm = "blocks.0.attn.scale_mul_1H11" in state_dict
     config = {
         "vocab_size": vocab_size,
@@ -146,6 +146,10 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
     from .modeling_var import VarForImageGeneration
 
     fields = transformer_config(weights["transformer"], original_config)
+    # The constructor of the authors' Hub class holds the tokenizer's arguments within its own.
+    nested = (original_config.get("transformer") or {}).get("vae_kwargs")
+    if nested:
+        original_config = {"tokenizer": {**nested, **(original_config.get("tokenizer") or {})}}
     tokenizer = tokenizer_config(weights["tokenizer"], original_config, fields["patch_nums"])
     check_same_codes(fields, tokenizer, "transformer")
     return ConversionPlan(
