@@ -35,7 +35,7 @@ def prepare_processors(
         generation_config=config,
         input_ids_seq_length=0,
         logits_processor=logits_processor,
-        device=model.device,
+        device=model.input_device,
         model_kwargs={},
     )
     return processors, model._get_stopping_criteria(config, stopping_criteria)

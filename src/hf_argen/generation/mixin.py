@@ -55,6 +55,12 @@ class ImageGenerationMixin(GenerationMixin):
     predictor_class: type[Predictor]
     default_guidance_schedule: GuidanceSchedule = "constant"
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs go: the device of the first weight that is not offloaded."""
+        devices = (parameter.device for parameter in self.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
     @torch.no_grad()
     def generate(
         self,
@@ -185,7 +191,7 @@ class ImageGenerationMixin(GenerationMixin):
             config.top_k = 0  # transformers' default of 50 is meant for text
         if schedule is None:
             schedule = getattr(config, "guidance_schedule", None) or self.default_guidance_schedule
-        if self.device.type == "cpu" and self.dtype == torch.float16:
+        if self.input_device.type == "cpu" and self.dtype == torch.float16:
             warnings.warn(
                 "float16 is very slow on most CPUs; load the model with dtype=torch.bfloat16.", stacklevel=3
             )
@@ -256,7 +262,7 @@ class ImageGenerationMixin(GenerationMixin):
                 return {"class_labels": class_labels}, num_return_sequences
             if isinstance(class_labels, int):
                 class_labels = [class_labels]
-            inputs = {"class_labels": torch.as_tensor(class_labels, device=self.device)}
+            inputs = {"class_labels": torch.as_tensor(class_labels, device=self.input_device)}
             self.check_class_labels(inputs["class_labels"])
         else:
             if class_labels is not None:
@@ -268,7 +274,7 @@ class ImageGenerationMixin(GenerationMixin):
                 "prompt_ids": prompt_ids,
                 "prompt_attention_mask": prompt_attention_mask,
             }
-            inputs = {name: value.to(self.device) for name, value in texts.items() if value is not None}
+            inputs = {name: value.to(self.input_device) for name, value in texts.items() if value is not None}
         if not inputs:
             return {"batch_size": num_return_sequences}, num_return_sequences
         expanded = {
@@ -288,9 +294,9 @@ class ImageGenerationMixin(GenerationMixin):
                 "Editing needs keep_mask and the source picture, as pixel_values or as input_ids."
             )
         source = (
-            self.encode_images(pixel_values.to(self.device))
+            self.encode_images(pixel_values.to(self.input_device))
             if input_ids is None
-            else input_ids.to(self.device)
+            else input_ids.to(self.input_device)
         )
         return Edit(
             ids=_one_per_row(source, batch_size, "source picture"),
@@ -302,7 +308,7 @@ class ImageGenerationMixin(GenerationMixin):
         grid = self.config.grid_sizes[-1]
         factor = self.config.image_tokenizer_config.downsampling_factor
         picture = (grid[0] * factor, grid[1] * factor)
-        mask = torch.as_tensor(keep_mask, device=self.device)
+        mask = torch.as_tensor(keep_mask, device=self.input_device)
         size = tuple(mask.shape[-2:])
         if mask.ndim == 4 and mask.shape[1] == 1:
             mask = mask[:, 0]

@@ -50,7 +50,7 @@ class CollaborativeNextScale(NextScale):
         refiner = self.refiner_predictor(request)
         stop = request.num_steps or drafter.num_scales
         generator = request.generator
-        state = snapshot(generator, request.model.device)
+        state = snapshot(generator, request.model.input_device)
 
         trace, inputs = Trace(), []
         logits = drafter.prefill(request.inputs)

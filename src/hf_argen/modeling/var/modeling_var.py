@@ -392,10 +392,10 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
 
     def null_condition(self, batch_size: int) -> torch.Tensor:
         """The condition of unconditional rows, (batch_size, hidden_size)."""
-        rows = torch.ones(batch_size, dtype=torch.bool, device=self.device)
+        rows = torch.ones(batch_size, dtype=torch.bool, device=self.input_device)
         if self.config.condition_type == "class":
             return self.model.class_condition(-rows.long())
-        return self.model.text_condition(self.model.null_text_embedding.weight.new_zeros(batch_size, 1), rows)
+        return self.model.text_condition(torch.zeros(batch_size, 1, device=rows.device), drop=rows)
 
     def scale_logits(
         self,
