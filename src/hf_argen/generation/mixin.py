@@ -257,7 +257,7 @@ class ImageGenerationMixin(GenerationMixin):
                 raise ValueError("This model draws from class labels; it cannot read prompts.")
             if class_labels is None:
                 class_labels = sampling.uniform(
-                    self.config.num_classes, num_return_sequences, generator, self.device
+                    self.config.num_classes, num_return_sequences, generator, self.input_device
                 )
                 return {"class_labels": class_labels}, num_return_sequences
             if isinstance(class_labels, int):
