@@ -1,0 +1,1 @@
+"""Data sets that our small models are trained and judged on."""
