@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.modeling", "tests.generation", "tests.helpers")  # the shared test bases
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 

@@ -452,9 +452,8 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
         features = quantizer.scale_inputs(input_ids, self.config.grid_sizes)
         outputs = self.model(condition, features, 0, num_scales, output_hidden_states=output_hidden_states)
         logits = self.head(outputs.last_hidden_state)
-        output = VarOutput(logits=logits, hidden_states=outputs.hidden_states)
-        if labels is not None:
-            output.loss = self.head.loss(logits, labels, self.config.label_smoothing)
+        loss = None if labels is None else self.head.loss(logits, labels, self.config.label_smoothing)
+        output = VarOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
     def _draw_dropped_conditions(self, batch_size: int, device: torch.device) -> torch.Tensor | None:

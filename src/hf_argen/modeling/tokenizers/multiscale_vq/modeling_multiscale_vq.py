@@ -47,6 +47,7 @@ class MultiScaleVQModel(StrictPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False
+    _supports_sdpa = True
     _no_split_modules = ["ResnetBlock", "SpatialAttention", "MultiScaleQuantizer"]
 
     def __init__(self, config: MultiScaleVQConfig):
@@ -142,10 +143,11 @@ class MultiScaleVQModel(StrictPreTrainedModel):
         latents = self.encode_latents(pixel_values)
         feature_map, quantization_loss = self.quantizer(latents.float())
         reconstruction = self.decoder(self.post_quant_conv(feature_map.to(latents.dtype)))
-        output = MultiScaleVQOutput(reconstruction=reconstruction, quantization_loss=quantization_loss)
+        loss = reconstruction_loss = None
         if return_loss:
-            output.reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
-            output.loss = output.reconstruction_loss + quantization_loss
+            reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
+            loss = reconstruction_loss + quantization_loss
+        output = MultiScaleVQOutput(loss, reconstruction, reconstruction_loss, quantization_loss)
         return output if return_dict is not False else output.to_tuple()
 
     def _grids(self, patch_nums: list | None) -> list[tuple[int, int]]:
