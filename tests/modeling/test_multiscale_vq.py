@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from hf_argen import MultiScaleVQModel
+
 from ..helpers.goldens import assert_close, assert_same_image, golden
+from ..helpers.tiny import tokenizer_config
 
 CASES = ["d2_adaln_l2_q4", "d3_saln_l2_q0", "d2_adaln_nol2_q1", "tok_ch8_q4_rect"]
 
@@ -58,7 +61,7 @@ def test_pictures(case, tokenizer):
     assert_same_image(
         tokenizer.decode(maps[len(maps) // 2])[..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"]
     )
-    raw = tokenizer.decoder(tokenizer.post_quant_conv(maps[-1]))
+    raw = tokenizer.decode_latents(maps[-1])
     assert_close(raw[..., 1::4, 1::4], tensors["tok.decoder_raw_s4"])
 
 
@@ -91,3 +94,15 @@ def test_non_square_picture():
     ids = tokenizer.encode(case.tensors["tok.rect_image"], patch_nums=scales)
     assert torch.equal(ids, case.tensors["tok.rect_ids"])
     assert_same_image(tokenizer.decode(ids, patch_nums=scales), case.tensors["tok.rect_recon"])
+
+
+def test_patches_in_place_of_levels():
+    """A patch of pixels as one cell gives the same grid as levels that halve the resolution."""
+    config = tokenizer_config(patch_size=4, channel_multiplier=[1], num_res_blocks=1)
+    tokenizer = MultiScaleVQModel(config).eval()
+    assert config.downsampling_factor == tokenizer_config().downsampling_factor == 4
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    ids = tokenizer.encode(image)
+    assert ids.shape == (2, 21)
+    assert tokenizer.decode(ids).shape == image.shape
+    assert tokenizer.encoder.conv_in.in_channels == 48

@@ -13,11 +13,13 @@ class MultiScaleVQConfig(PreTrainedConfig):
         latent_channels: channels of the latent map and of each code.
         base_channels: width of the first level of encoder and decoder.
         channel_multiplier: width of each level in units of `base_channels`; its length fixes the downsampling factor
-            2 ** (levels - 1).
+            patch_size * 2 ** (levels - 1).
         num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
         norm_num_groups, norm_eps: of every group norm.
         dropout: inside the residual blocks, in training.
         in_channels: channels of the picture.
+        patch_size: side of the squares of pixels that the encoder takes as one cell (their values become channels) and
+            the decoder gives back; 1 in VAR. Larger ones make a small tokenizer fast.
         attention_at_lowest: self-attention at the lowest resolution and in the middle.
         patch_nums: side of the token grid of each scale, from coarse to fine; `n` stands for `[n, n]`.
         num_residual_convs: convolutions phi that follow the upsampling of a scale: 0 for none, 1 shared by all
@@ -40,6 +42,7 @@ class MultiScaleVQConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     in_channels: int = 3
+    patch_size: int = 1
     attention_at_lowest: bool = True
     patch_nums: list | tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     num_residual_convs: int = 4
@@ -65,7 +68,7 @@ class MultiScaleVQConfig(PreTrainedConfig):
     @property
     def downsampling_factor(self) -> int:
         """Pixels per side of one cell of the last grid."""
-        return 2 ** (len(self.channel_multiplier) - 1)
+        return self.patch_size * 2 ** (len(self.channel_multiplier) - 1)
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:

@@ -62,12 +62,12 @@ class MultiScaleVQModel(StrictPreTrainedModel):
             "dropout": config.dropout,
         }
         kernel = config.quant_conv_kernel_size
-        latent = config.latent_channels
-        self.encoder = ConvEncoder(config.in_channels, latent, **shape)
+        latent, channels = config.latent_channels, config.in_channels * config.patch_size**2
+        self.encoder = ConvEncoder(channels, latent, **shape)
         self.quant_conv = nn.Conv2d(latent, latent, kernel, padding=kernel // 2)
         self.quantizer = MultiScaleQuantizer(config)
         self.post_quant_conv = nn.Conv2d(latent, latent, kernel, padding=kernel // 2)
-        self.decoder = ConvDecoder(latent, config.in_channels, **shape)
+        self.decoder = ConvDecoder(latent, channels, **shape)
         self.post_init()
 
     @torch.no_grad()
@@ -89,7 +89,13 @@ class MultiScaleVQModel(StrictPreTrainedModel):
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, H, W) in [-1, 1] to the latent map (batch, latent_channels, h, w) before quantization."""
         self._check_pixels(pixel_values)
-        return self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype)))
+        patches = F.pixel_unshuffle(pixel_values, self.config.patch_size)
+        return self.quant_conv(self.encoder(patches.to(self.encoder.conv_in.weight.dtype)))
+
+    def decode_latents(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """Feature maps (batch, latent_channels, h, w) to pixels (batch, channels, H, W), not clamped."""
+        feature_map = feature_map.to(self.post_quant_conv.weight.dtype)
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(feature_map)), self.config.patch_size)
 
     def encode(self, pixel_values: torch.Tensor, patch_nums: list | None = None) -> torch.LongTensor:
         """
@@ -123,8 +129,7 @@ class MultiScaleVQModel(StrictPreTrainedModel):
         """
         if not codes.is_floating_point():
             codes = self.quantizer.feature_maps(codes, self._grids(patch_nums))[-1]
-        codes = codes.to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(codes)).clamp(-1, 1)
+        return self.decode_latents(codes).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor, patch_nums: list | None = None) -> torch.Tensor:
         """`decode(encode(pixel_values))`: what remains of the picture after tokenization, in [-1, 1]."""
@@ -142,7 +147,7 @@ class MultiScaleVQModel(StrictPreTrainedModel):
         """
         latents = self.encode_latents(pixel_values)
         feature_map, quantization_loss = self.quantizer(latents.float())
-        reconstruction = self.decoder(self.post_quant_conv(feature_map.to(latents.dtype)))
+        reconstruction = self.decode_latents(feature_map)
         loss = reconstruction_loss = None
         if return_loss:
             reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
