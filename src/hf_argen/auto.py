@@ -13,7 +13,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .assets import default_model, no_class_model
 from .generation import _compat
+from .processors.class_names import NUM_IMAGENET_CLASSES, imagenet_class_names
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,44 @@ FAMILIES = {
 }
 
 
+# Task -> dotted name of its pipeline and what it takes, as transformers sorts tasks.
+PIPELINES = {
+    "text-to-image": ("hf_argen.pipelines.text_to_image.TextToImagePipeline", "text"),
+    "class-to-image": ("hf_argen.pipelines.class_to_image.ClassToImagePipeline", "text"),
+    "image-inpainting": ("hf_argen.pipelines.image_inpainting.ImageInpaintingPipeline", "multimodal"),
+}
+
+
 def register_with_transformers() -> None:
-    """Makes the Auto classes of transformers know every family; imports configurations, but no model."""
+    """
+    Makes the Auto classes and `pipeline()` of transformers know every family and task; imports configurations, but
+    no model.
+    """
     for family in FAMILIES.values():
         config_class = family.load(family.config)
         AutoConfig.register(family.name, config_class, exist_ok=True)
         _compat.register_lazily(AutoModel, config_class, f"{family.package}.{family.base_model}")
         if family.processor is not None:
             _compat.register_lazily(AutoProcessor, config_class, family.processor)
+    for task, (class_name, input_type) in PIPELINES.items():
+        default = no_class_model if task == "class-to-image" else default_model
+        _compat.register_pipeline(task, class_name, AutoModelForImageGeneration, input_type, default)
 
 
 def new_processor(config: PreTrainedConfig) -> ProcessorMixin | None:
-    """The processor of a converted model, without class names; `None` for a visual tokenizer."""
+    """
+    The processor of a converted model; `None` for a visual tokenizer. Published checkpoints of 1000 classes are
+    trained on ImageNet, so such a model gets its class names.
+    """
     family = FAMILIES[config.model_type]
     if family.processor is None:
         return None
     tokenizer = config.image_tokenizer_config
     image_size = [side * tokenizer.downsampling_factor for side in tokenizer.grid_sizes[-1]]
-    return imported(family.processor)(image_size=image_size)
+    classes = None
+    if config.condition_type == "class" and config.num_classes == NUM_IMAGENET_CLASSES:
+        classes = imagenet_class_names()
+    return imported(family.processor)(image_size=image_size, class_names=classes)
 
 
 class AutoModelForImageGeneration:
@@ -117,14 +139,18 @@ class AutoModelForImageGeneration:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any = None, *model_args: Any, **kwargs: Any
     ) -> PreTrainedModel:
         """
-        Loads a saved model; takes what `PreTrainedModel.from_pretrained` takes, `strict` included.
+        Loads a saved model, without a name the one that ships with the package; takes what
+        `PreTrainedModel.from_pretrained` takes, `strict` included.
 
         Raises:
             ValueError: the folder or repository holds no image generator of ours, or its weights do not fit.
         """
+        if pretrained_model_name_or_path is None:
+            pretrained_model_name_or_path = default_model()
+        kwargs.pop("code_revision", None)  # pipeline() passes it on; no family of ours loads code
         config = kwargs.pop("config", None)
         if config is None:
             hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -1,6 +1,9 @@
 """Every private name of transformers that this package touches, so that a new release breaks one file."""
 
 import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -13,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
 
 
 def prepare_generation_config(
@@ -73,6 +77,46 @@ def register_lazily(auto_class: type, config_class: type[PreTrainedConfig], clas
     if not isinstance(mapping._extra_content, _LazyContent):
         mapping._extra_content = _LazyContent(mapping._extra_content)
     mapping._extra_content[config_class] = class_name
+
+
+class _LazyTask(dict):
+    """The entry of a pipeline task whose class and default model are looked up when they are asked for."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if key == "impl" and isinstance(value, str):
+            module, name = value.rsplit(".", 1)
+            value = self[key] = getattr(importlib.import_module(module), name)
+        elif key == "default":
+            folder = str(value())
+            logging.getLogger(PIPELINE_REGISTRY.__module__.rpartition(".")[0]).addFilter(
+                lambda record: not (record.levelno == logging.WARNING and folder in record.getMessage())
+            )
+            return {"model": (folder, "main")}
+        return value
+
+
+def register_pipeline(
+    task: str,
+    class_name: str,
+    model_class: type,
+    input_type: str,
+    default: Callable[[], Path],
+) -> None:
+    """
+    What `PIPELINE_REGISTRY.register_pipeline` does, without importing the class.
+
+    Args:
+        task: the name that `pipeline()` takes.
+        class_name: dotted name of the pipeline's class.
+        model_class: opens the model, by `from_pretrained`.
+        input_type: "text", "image" or "multimodal".
+        default: gives the folder of the model that serves when none is named; transformers' warning that such a
+            model may change is silenced, since it came with this package.
+    """
+    PIPELINE_REGISTRY.supported_tasks[task] = _LazyTask(
+        impl=class_name, pt=(model_class,), type=input_type, default=default
+    )
 
 
 def from_config(

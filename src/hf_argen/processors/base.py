@@ -1,14 +1,16 @@
 """The processor that image families share."""
 
-import difflib
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from .class_names import find_class
 
 MAX_PROMPT_CHARACTERS = 2000
 
@@ -124,31 +126,19 @@ class ImageGenerationProcessor(ProcessorMixin):
 
     def encode_labels(self, labels: int | str | Sequence[int | str]) -> torch.LongTensor:
         """Class ids or names to ids (batch,) int64."""
-        labels = [labels] if isinstance(labels, int | str) else list(labels)
+        if isinstance(labels, torch.Tensor | np.ndarray):
+            labels = labels.tolist()
+        labels = [labels] if isinstance(labels, Integral | str) else list(labels)
         if not labels:
             raise ValueError("The list of class labels is empty; give at least one.")
-        return torch.tensor(
-            [label if isinstance(label, int) else self._class_of(str(label)) for label in labels]
-        )
+        return torch.tensor([self._class_of(label) for label in labels])
 
-    def _class_of(self, name: str) -> int:
-        """The id of a class name; each of the names that one class has, separated by commas, will do."""
+    def _class_of(self, label: Any) -> int:
+        if isinstance(label, Integral):
+            return int(label)
         if self.class_names is None:
-            raise ValueError(f"This model has no class names; give the id of {name!r}.")
-        wanted = name.strip().lower()
-        known: dict[str, int] = {}
-        for index, names in enumerate(self.class_names):
-            for one in (names, *names.split(",")):
-                known.setdefault(one.strip().lower(), index)
-        if wanted in known:
-            return known[wanted]
-        close = difflib.get_close_matches(wanted, known, n=3)
-        hint = (
-            f"the closest are {', '.join(repr(one) for one in close)}"
-            if close
-            else "see processor.class_names"
-        )
-        raise ValueError(f"There is no class {name!r}; {hint}.")
+            raise ValueError(f"This model has no class names; give the id of {label!r}.")
+        return find_class(str(label), self.class_names)
 
     def preprocess(self, images: Any) -> torch.Tensor:
         """Pictures to (batch, 3, height, width) float32 in [-1, 1]: short side resized, centre cut out."""
@@ -161,6 +151,18 @@ class ImageGenerationProcessor(ProcessorMixin):
             image = _cut(flatten(image), height, width)
             batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         return torch.stack(batch).float() / 127.5 - 1
+
+    def preprocess_masks(self, masks: Any) -> torch.Tensor:
+        """Masks (PIL, white where the picture is drawn anew) to (batch, height, width) bool, True there."""
+        masks = masks if isinstance(masks, list | tuple) else [masks]
+        height, width = self.image_size
+        batch = []
+        for mask in masks:
+            if not isinstance(mask, Image.Image):
+                raise ValueError(f"A mask is given as {type(mask).__name__}; give PIL images.")
+            mask = _cut(mask.convert("L"), height, width, Image.Resampling.BOX)
+            batch.append(torch.from_numpy(np.array(mask)) >= 128)
+        return torch.stack(batch)
 
     @staticmethod
     def postprocess(images: torch.Tensor) -> list[Image.Image]:
@@ -178,10 +180,12 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cut(image: Image.Image, height: int, width: int) -> Image.Image:
+def _cut(
+    image: Image.Image, height: int, width: int, filter: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.resize(size, filter)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
