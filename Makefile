@@ -1,58 +1,79 @@
-# Every target sets up what it needs, from nothing but Python 3.11 or 3.12.
+# Every target sets up what it needs, from nothing but Python 3.11 or newer. Run again, it does only what changed.
 #
-# The pinned torch is the plain wheel of the package index in use. Where that index serves CUDA builds and the machine
-# has no GPU, name the CPU index:   make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# torch is pinned and installed first and by itself; the rest is installed under a constraint that keeps that build.
+# The default takes the wheel of the package index in use. To have another build:
+#     make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"      the CPU build, without CUDA
+#     make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cu130"    a certain CUDA build
+#     make install TORCH=torch==2.11.0                                                another version
+# (`make clean` first, where one is already installed.)
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+OLDEST_TORCH ?= $(TORCH)
+OLDEST_TRANSFORMERS ?= transformers==5.17.*
+PYTHON ?=
+
 VENV := .venv
 OLDEST := .venv-oldest
 PIP := -m pip --disable-pip-version-check -q
 
-.PHONY: install demo test check test-oldest clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check test-oldest clean
 
-install: $(VENV)/ready
+help: ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '%-18s%s\n' "$$target" "$$text"; done
 
-demo: $(VENV)/ready
+install: $(VENV)/ready ## install the package into .venv
+
+demo: $(VENV)/ready ## generate pictures
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/ready-dev
+test: $(VENV)/ready-dev ## run the tests: no network, no GPU
 	$(VENV)/bin/python -m pytest -q
 
-check: $(VENV)/ready-dev
+check: $(VENV)/ready-dev ## lint, format, who may import whom, types of the public API
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
-# The generation tests on the oldest transformers that we support.
-test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -q tests/generation tests/modeling tests/processors --deselect tests/modeling/test_released_size.py
+test-oldest: $(OLDEST)/ready ## run the tests of generation and models on the oldest transformers that we support
+	$(OLDEST)/bin/python -m pytest -q tests/generation tests/modeling tests/processors \
+		--deselect tests/modeling/test_released_size.py
 
-clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove all that these targets made
+	rm -rf $(VENV) $(OLDEST) build dist demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-$(VENV)/bin/python:
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-		{ echo "hf_argen needs Python 3.11 or 3.12; install one, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
+# A virtual environment with torch, and the constraint that keeps it. Each candidate is started, not only looked up: a
+# version manager's stand-in may be on the path without an interpreter behind it.
+define with_torch
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+			exec "$$python" -m venv "$(@D)"; \
+		fi; \
+	done; \
+	echo "hf_argen needs Python 3.11 or newer: install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+	$(@D)/bin/python $(PIP) install $(TORCH_ARGS) "$(1)"
+	@$(@D)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+endef
 
-# torch first and by itself, so that no other requirement decides which build comes.
-$(VENV)/torch: $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP) install $(TORCH_ARGS) "$(TORCH)"
+$(VENV)/torch.txt:
+	$(call with_torch,$(TORCH))
+
+$(VENV)/ready: $(VENV)/torch.txt pyproject.toml
+	$(VENV)/bin/python $(PIP) install -c $< -e .
 	@touch $@
 
-$(VENV)/ready: $(VENV)/torch pyproject.toml
-	$(VENV)/bin/python $(PIP) install -e . "$(TORCH)"
-	@touch $@
+$(VENV)/ready-dev: $(VENV)/torch.txt pyproject.toml
+	$(VENV)/bin/python $(PIP) install -c $< -e ".[dev]"
+	@touch $@ $(VENV)/ready
 
-$(VENV)/ready-dev: $(VENV)/ready
-	$(VENV)/bin/python $(PIP) install -e ".[dev]" "$(TORCH)"
-	@touch $@
+$(OLDEST)/torch.txt:
+	$(call with_torch,$(OLDEST_TORCH))
 
-$(OLDEST)/ready: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) install $(TORCH_ARGS) "$(TORCH)"
-	$(OLDEST)/bin/python $(PIP) install -e . "transformers==5.17.*" pytest "$(TORCH)"
+$(OLDEST)/ready: $(OLDEST)/torch.txt pyproject.toml
+	$(OLDEST)/bin/python $(PIP) install -c $< -e ".[dev]" "$(OLDEST_TRANSFORMERS)"
 	@touch $@
