@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .converting import convert_command
 from .listing import list_command
+from .request import DrawRequest
 
 BAD_INPUT = 2
 
@@ -59,6 +60,100 @@ def _convert(
     convert_command(source, out, file or [], config or [], force)
 
 
+@app.command("generate")
+def _generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="What to draw, one row of pictures each."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", help="Pictures of each prompt. Default: 1.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, released checkpoint or Hub repository. Default: the one that comes with the package."
+        ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME_OR_ID", help="For models that draw classes; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="File (.png .jpg .webp .gif), or without suffix a folder of PNGs."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture; the i-th has seed + i. Default: random.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off. Default: the model's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off. Default: the model's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    decoding: Annotated[
+        str | None, typer.Option(help="A name ('argen list' shows them) or JSON. Default: the model's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16. Default: auto.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Also a GIF of the pictures as they form.")
+    ] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE", help="Draw what this picture shows once more; other options change it."
+        ),
+    ] = None,
+) -> None:
+    """Draw pictures.
+
+    argen generate "red apple" -n 8 -o apples.png
+
+    argen generate --model var-d16 --class "red fox" --class volcano -o out --animate
+    """
+    from .generating import again as request_behind
+    from .generating import generate_command
+
+    request = DrawRequest() if again is None else request_behind(again)
+    if prompts or classes:
+        request.prompts, request.classes = prompts or [], classes or []
+    given = {
+        "model": model,
+        "count": count,
+        "seed": seed,
+        "guidance": guidance,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "decoding": decoding,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
+    for name, value in given.items():
+        if value is not None:
+            setattr(request, name, value)
+    generate_command(request, out, animate, device)
+
+
+@app.command("info")
+def _info(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL_OR_PICTURE]",
+            help="Folder, released checkpoint, Hub repository, or a picture that argen generate wrote.",
+        ),
+    ] = None,
+) -> None:
+    """Describe a model without loading its weights, or tell how a picture was made."""
+    from .informing import info_command
+
+    info_command(source)
+
+
 @app.command("list")
 def _list() -> None:
     """List families, released checkpoints and decodings."""
@@ -79,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return typer.main.get_command(app).main(arguments, prog_name="argen", standalone_mode=False) or 0
-    except typer.Abort:
-        return _fail("interrupted", 130)
+    except typer.Abort as error:
+        return _fail(str(error) or "interrupted", 130)
     except typer.TyperException as error:
         return _fail(error.format_message(), BAD_INPUT)
     except Exception as error:

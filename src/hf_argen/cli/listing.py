@@ -1,8 +1,6 @@
 """`argen list`."""
 
-from collections.abc import Iterable
-
-import typer
+from .tables import print_table
 
 
 def list_command() -> None:
@@ -15,24 +13,37 @@ def list_command() -> None:
     for name, family in FAMILIES.items():
         converter = converter_of(family.package)
         roles = ", ".join([*converter.roles, *converter.containers])
-        families.append((name, family.title, f"files: {roles}"))
+        families.append((name, family.title, roles))
         for preset_name, preset in load_presets(family.package).items():
-            metric = preset["metric"]
-            measured = f"{metric['name']} {metric['value']} ({metric['data']})" if metric else ""
-            presets.append((preset_name, preset["description"], measured))
+            presets.append((preset_name, preset["description"], measured(preset), licence(preset)))
     decodings = [
-        (name, f"{cls.guarantee.value}{f' (bounded by {cls.knob})' if cls.knob else ''}")
-        for name, cls in sorted(available().items())
+        (name, guarantee(cls), first_sentence(cls.__doc__ or "")) for name, cls in sorted(available().items())
     ]
-    _print("Families", families)
-    _print("Released checkpoints, with the authors' metrics (argen convert NAME OUT)", presets)
-    _print("Decodings, with what each promises", decodings)
+    print_table("Families", ("name", "what it is", "files that argen convert takes"), families)
+    print_table(
+        "Released checkpoints (argen convert NAME OUT)",
+        ("name", "what it is", "the authors' metric", "licence of the weights"),
+        presets,
+    )
+    print_table("Decodings", ("name", "guarantee", "what it does"), decodings)
 
 
-def _print(title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    typer.echo(title)
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo(f"  {'  '.join(cells).rstrip()}")
+def measured(preset: dict) -> str:
+    """The published metric of a released checkpoint."""
+    metric = preset["metric"]
+    return f"{metric['name']} {metric['value']} ({metric['data']})" if metric else ""
+
+
+def licence(preset: dict) -> str:
+    """The licence of the weights of a released checkpoint."""
+    return preset["licence"] or "not stated"
+
+
+def guarantee(decoding: type) -> str:
+    """What a decoding promises."""
+    return f"{decoding.guarantee.value}{f' (bounded by {decoding.knob})' if decoding.knob else ''}"
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    return " ".join(docstring.strip().split("\n\n")[0].split()).split(". ")[0].rstrip(".")

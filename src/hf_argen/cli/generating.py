@@ -1,0 +1,228 @@
+"""`argen generate`."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+from PIL import Image
+from transformers.generation import BaseStreamer
+
+from .files import (
+    FORMATS,
+    check_out,
+    file_names,
+    free_name,
+    read_record,
+    slug,
+    write_animation,
+    write_picture,
+)
+from .opening import open_pipeline
+from .request import DrawRequest
+from .sheets import contact_sheet, enlarged
+
+BATCH = 8
+EXAMPLE = {"text": "argen generate 'red apple'", "class": "argen generate --class volcano"}
+
+
+class Interrupted(typer.Abort):
+    """Ctrl-C, with what is left of the work."""
+
+
+@dataclass
+class Target:
+    """Where the pictures go: a file (one picture, or a sheet of several), a folder of PNGs, or a GIF alone."""
+
+    out: Path
+    is_folder: bool
+    animate: bool
+
+    @property
+    def picture(self) -> Path | None:
+        """The file of the picture or sheet, if there is one."""
+        return None if self.is_folder or self.out.suffix.lower() == ".gif" else self.out
+
+    @property
+    def animation(self) -> Path | None:
+        """The file of the one animation, if there is one."""
+        return self.out.with_suffix(".gif") if self.animate and not self.is_folder else None
+
+
+@dataclass
+class Drawn:
+    """The pictures so far, and with `--animate` their states after every step."""
+
+    pictures: list[Image.Image] = field(default_factory=list)
+    states: list[list[Image.Image]] = field(default_factory=list)
+
+
+class StateStreamer(BaseStreamer):
+    """Keeps what the pictures of one batch look like after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self.steps.append(value.float().cpu())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def generate_command(
+    request: DrawRequest, out: Path | None, animate: bool = False, device: str | None = None
+) -> None:
+    """
+    Draws and writes; files appear whole or not at all.
+
+    Args:
+        request: what to draw.
+        out: a file, or without suffix a folder of PNGs; default: a new PNG in the present folder.
+        animate: also (or for `.gif`: only) a GIF of the pictures as they form.
+        device: default: a GPU if there is one.
+
+    Raises:
+        ValueError: bad input.
+        Interrupted: Ctrl-C.
+    """
+    start = time.perf_counter()
+    request.check()
+    target = _target(request, out, animate)
+    draw = open_pipeline(request.model, request.dtype, request.quantize, device)
+    _check_kind(request, draw.condition_type)
+    request = request.resolved(draw.model)
+    drawn = Drawn()
+    names = [] if not target.is_folder else file_names(*zip(*request.pictures(), strict=True))
+    try:
+        with _progress(len(request.pictures())) as advance:
+            for batch in _draw(draw, request, target.animate):
+                if target.is_folder:
+                    _write_batch(target.out, names, request, batch, drawn)
+                else:
+                    drawn.pictures += batch.pictures
+                    drawn.states += batch.states
+                advance(len(batch.pictures))
+        if not target.is_folder:
+            _write_sheet(target, request, drawn)
+    except KeyboardInterrupt as error:
+        kept = f"; {len(drawn.pictures)} pictures are in {target.out}" if target.is_folder else ""
+        raise Interrupted(f"interrupted{kept}") from error
+    _report(target, request, len(drawn.pictures), time.perf_counter() - start)
+
+
+def again(picture: Path) -> DrawRequest:
+    """The request behind a picture."""
+    if not picture.is_file():
+        raise ValueError(f"{picture} does not exist; give a picture that argen generate wrote.")
+    return DrawRequest.from_record(read_record(picture))
+
+
+def _target(request: DrawRequest, out: Path | None, animate: bool) -> Target:
+    """Decides and checks where things go, before any work."""
+    if out is None:
+        out = free_name(slug((request.prompts or request.classes)[0]), ".png")
+    suffix = out.suffix.lower()
+    is_folder = not suffix or (out.is_dir() and suffix not in FORMATS)
+    if not is_folder and suffix not in FORMATS:
+        raise ValueError(
+            f"{out} has an unknown suffix; give one of {', '.join(FORMATS)}, or none for a folder."
+        )
+    target = Target(out, is_folder, animate or suffix == ".gif")
+    check_out(out, is_folder)
+    if target.animation is not None:
+        check_out(target.animation, False)
+    return target
+
+
+def _check_kind(request: DrawRequest, kind: str) -> None:
+    if (kind == "text") != bool(request.prompts):
+        what = "prompts, not classes" if kind == "text" else "classes, not prompts"
+        raise ValueError(f"This model draws {what}, as in: {EXAMPLE[kind]}")
+
+
+def _draw(draw: Any, request: DrawRequest, with_states: bool) -> Iterator[Drawn]:
+    """Batches of pictures; every picture has a generator of its own, so that batches do not matter."""
+    import torch
+
+    all_pictures = request.pictures()
+    options = {**request.options(), "do_sample": True}  # without chance a seed would mean nothing
+    for start in range(0, len(all_pictures), BATCH):
+        part = all_pictures[start : start + BATCH]
+        device = draw.model.input_device
+        generators = [torch.Generator(device).manual_seed(seed) for _, seed in part]
+        conditions = [text if request.prompts else _label(text) for text, _ in part]
+        streamer = StateStreamer() if with_states else None
+        results = draw(conditions, generator=generators, streamer=streamer, batch_size=BATCH, **options)
+        pictures = [result["image"] for result in results]
+        states = [draw.processor.postprocess(step) for step in streamer.steps] if streamer else []
+        yield Drawn(pictures, [list(one) for one in zip(*states, strict=True)] or [[one] for one in pictures])
+
+
+def _label(text: str) -> int | str:
+    """A class by id or by name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _write_batch(
+    folder: Path, names: Sequence[str], request: DrawRequest, batch: Drawn, written: Drawn
+) -> None:
+    """Files of one batch, each whole as soon as it is there; `written` keeps count."""
+    folder.mkdir(exist_ok=True)
+    for picture, states in zip(batch.pictures, batch.states, strict=True):
+        index = len(written.pictures)
+        path = folder / names[index]
+        record = request.one(*request.pictures()[index]).record()
+        write_picture(path, picture, record)
+        if len(states) > 1:
+            write_animation(path.with_suffix(".gif"), [enlarged(state) for state in states], record)
+        written.pictures.append(picture)
+
+
+def _write_sheet(target: Target, request: DrawRequest, drawn: Drawn) -> None:
+    """One picture as it is, several as a sheet; the animation likewise."""
+    captions = [text if request.count == 1 else f"{text} · {seed}" for text, seed in request.pictures()]
+    columns = request.count if len(request.prompts or request.classes) > 1 and request.count > 1 else None
+    is_single = len(drawn.pictures) == 1
+    if target.picture is not None:
+        picture = drawn.pictures[0] if is_single else contact_sheet(drawn.pictures, captions, columns)
+        write_picture(target.picture, picture, request.record())
+    if target.animation is not None:
+        steps = list(zip(*drawn.states, strict=True))
+        frames = [
+            enlarged(step[0]) if is_single else contact_sheet(step, captions, columns) for step in steps
+        ]
+        write_animation(target.animation, frames, request.record())
+
+
+def _report(target: Target, request: DrawRequest, count: int, seconds: float) -> None:
+    files = dict.fromkeys(map(str, filter(None, (target.picture, target.animation)))) or {
+        str(target.out): None
+    }
+    what = "1 picture" if count == 1 else f"{count} pictures"
+    typer.echo(f"{' and '.join(files)}: {what}, seed {request.seed}, {seconds:.1f} s")
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar on a terminal, nothing elsewhere; gives the function that advances it."""
+
+    def __init__(self, total: int):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(file=sys.stderr, highlight=False)
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task("drawing", total=total)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda count: self.bar.advance(self.task, count)
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,184 @@
+"""What `argen generate` was asked for; the record in a picture is made of it."""
+
+import dataclasses
+import json
+import secrets
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .. import __version__
+from ..assets import DEFAULT_MODEL
+from .opening import DTYPES, QUANTIZATIONS
+
+MAX_PICTURES = 1000
+
+
+@dataclass
+class DrawRequest:
+    """
+    Everything that the pictures depend on.
+
+    Args:
+        model: see [`open_pipeline`]; `None` is the model that comes with the package.
+        prompts, classes: what to draw, one of the two.
+        count: pictures of each.
+        seed: of the first picture of each; the i-th has `seed + i`. `None` draws one.
+        decoding: name, or JSON of its stored form.
+        guidance, top_k, top_p, temperature: `None` for the model's own.
+        dtype, quantize: how the weights are held.
+    """
+
+    model: str | None = None
+    prompts: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    count: int = 1
+    seed: int | None = None
+    decoding: str | None = None
+    guidance: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+
+    def check(self) -> None:
+        """
+        Fills in the seed and refuses what no model could draw.
+
+        Raises:
+            ValueError: see there.
+        """
+        if self.prompts and self.classes:
+            raise ValueError("Prompts and --class are both given; a model draws from one of them.")
+        wanted = self.prompts or self.classes
+        if not wanted:
+            raise ValueError("Nothing to draw; give a prompt, as in: argen generate 'red apple'")
+        if any(not text.strip() for text in wanted):
+            raise ValueError("A prompt is empty; describe the picture in a few words.")
+        if self.count < 1:
+            raise ValueError(f"-n is {self.count}; it must be at least 1.")
+        if self.count * len(wanted) > MAX_PICTURES:
+            raise ValueError(
+                f"-n {self.count} makes {self.count * len(wanted)} pictures; {MAX_PICTURES} are the most at a time."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype!r} is unknown; give {', '.join(DTYPES)}.")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise ValueError(f"--quantize {self.quantize!r} is unknown; give {' or '.join(QUANTIZATIONS)}.")
+        if self.seed is None:
+            self.seed = secrets.randbelow(2**31)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must lie in [0, 2^63).")
+
+    def pictures(self) -> list[tuple[str, int]]:
+        """(prompt or class, seed) of each picture."""
+        assert self.seed is not None
+        return [(text, self.seed + i) for text in self.prompts or self.classes for i in range(self.count)]
+
+    def options(self) -> dict[str, Any]:
+        """What `generate()` is told."""
+        options = {
+            "guidance_scale": self.guidance,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "temperature": self.temperature,
+            "decoding": parsed_decoding(self.decoding),
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def resolved(self, model: Any) -> Self:
+        """With what `model` fills in, so that the record stands on its own."""
+        from ..generation.decoding import Decoding, available, resolve
+
+        config = model.generation_config
+        given = parsed_decoding(self.decoding)
+        decoding = resolve(given) if given is not None else Decoding.from_config(config)
+        if decoding is None:
+            name = getattr(model, "default_decoding", model.predictor_class.default_decoding)
+            decoding = available()[name]()
+        stored = decoding.to_dict()
+
+        def or_own(value: Any, name: str) -> Any:
+            return getattr(config, name, None) if value is None else value
+
+        return dataclasses.replace(
+            self,
+            model=self.model or DEFAULT_MODEL.name,
+            decoding=stored["type"] if len(stored) == 1 else json.dumps(stored),
+            guidance=or_own(self.guidance, "guidance_scale"),
+            top_k=or_own(self.top_k, "top_k"),
+            top_p=or_own(self.top_p, "top_p"),
+            temperature=or_own(self.temperature, "temperature"),
+            dtype=str(model.dtype).removeprefix("torch.") if self.quantize is None else self.dtype,
+        )
+
+    def one(self, text: str, seed: int) -> Self:
+        """The request for one of the pictures."""
+        which = {"prompts": [text]} if self.prompts else {"classes": [text]}
+        return dataclasses.replace(self, **which, count=1, seed=seed)
+
+    def record(self) -> dict[str, Any]:
+        """The entry of a picture, plain JSON: `prompt` or `class`, the other options, the version."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, [])}
+        for plural, name in (("prompts", "prompt"), ("classes", "class")):
+            if plural in fields:
+                values = fields.pop(plural)
+                fields[name] = values[0] if len(values) == 1 else values
+        return {**fields, "version": __version__}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """
+        The request that a record was made of.
+
+        Raises:
+            ValueError: the record is damaged, or of a version that knew other options.
+        """
+        fields = {name: value for name, value in record.items() if name != "version"}
+        for plural, name in (("prompts", "prompt"), ("classes", "class")):
+            if name in fields:
+                value = fields.pop(name)
+                fields[plural] = value if isinstance(value, list) else [value]
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(
+                f"The record of version {record['version']} does not fit this one ({error})."
+            ) from error
+
+    def command(self) -> str:
+        """The command line that draws the pictures."""
+        words = ["argen", "generate", *self.prompts]
+        for name in self.classes:
+            words += ["--class", name]
+        for option, value, default in (
+            ("-n", self.count, 1),
+            ("--model", self.model, None),
+            ("--seed", self.seed, None),
+            ("--decoding", self.decoding, None),
+            ("--guidance", self.guidance, None),
+            ("--top-k", self.top_k, None),
+            ("--top-p", self.top_p, None),
+            ("--temperature", self.temperature, None),
+            ("--dtype", self.dtype, "auto"),
+            ("--quantize", self.quantize, None),
+        ):
+            if value != default:
+                words += [option, str(value)]
+        return shlex.join(words)
+
+
+def parsed_decoding(given: str | None) -> str | dict[str, Any] | None:
+    """
+    A name as it is, a stored decoding from JSON.
+
+    Raises:
+        ValueError: it starts like JSON and is none.
+    """
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"--decoding {given!r} is not JSON ({error}).") from error
