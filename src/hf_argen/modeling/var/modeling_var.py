@@ -226,6 +226,11 @@ class VarModel(VarPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.input_projection
 
+    @property
+    def dtype_of_computation(self) -> torch.dtype:
+        """Of hidden states; a weight that no quantization touches tells, those of linear layers may be int8."""
+        return self.start_embedding.dtype
+
     def class_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
         """Class labels (batch,), any negative one for the null class, to conditions (batch, hidden_size)."""
         return self.class_embedding(torch.where(class_labels < 0, self.config.num_classes, class_labels))
@@ -256,7 +261,7 @@ class VarModel(VarPreTrainedModel):
         if drop is not None:
             null = self.null_text_embedding(drop.new_zeros(drop.shape, dtype=torch.long))
             pooled = torch.where(drop[:, None], null, pooled.to(null.dtype))
-        return self.text_projection(pooled.to(self.text_projection.weight.dtype))
+        return self.text_projection(pooled.to(self.dtype_of_computation))
 
     def embed(
         self, condition: torch.Tensor, features: torch.Tensor | None, start: int, stop: int
@@ -267,7 +272,7 @@ class VarModel(VarPreTrainedModel):
         if start == 0:
             parts.append(condition.unsqueeze(1) + self.start_embedding)
         if features is not None and features.shape[1]:
-            parts.append(self.input_projection(features.to(self.input_projection.weight.dtype)))
+            parts.append(self.input_projection(features.to(self.dtype_of_computation)))
         hidden_states = torch.cat(parts, dim=1)
         place = slice(sum(lengths[:start]), sum(lengths[:stop]))
         scales = block_index(lengths, hidden_states.device)[place]
