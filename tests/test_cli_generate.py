@@ -386,3 +386,23 @@ def test_records_and_names():
         "a-cat-1-2.png",
         "picture-1.png",
     ]
+
+
+def test_quantized_layers_get_inputs_in_the_dtype_of_computation():
+    """The weight of a quantized layer is int8, which is no dtype for its input."""
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+            self.weight = torch.zeros(1, dtype=torch.int8)
+
+        def forward(self, values):
+            assert values.dtype == torch.float32
+            return self.layer(values)
+
+    text = VarForImageGeneration(text_var_config(80)).eval()
+    expected = text.generate(prompt_ids=torch.tensor([[1, 2]]))
+    text.model.text_projection = Quantized(text.model.text_projection)
+    text.model.input_projection = Quantized(text.model.input_projection)
+    assert torch.equal(text.generate(prompt_ids=torch.tensor([[1, 2]])), expected)

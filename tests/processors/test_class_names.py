@@ -60,6 +60,12 @@ def test_models_of_1000_classes_know_the_names():
     assert new_processor(var_config(num_classes=10)).class_names is None
 
 
+def test_ids_may_be_typed():
+    assert VarProcessor()(class_labels=["3", "-1"])["class_labels"].tolist() == [3, -1]
+    digits = VarProcessor(class_names=["nine", "9", "8"])
+    assert digits(class_labels=["9", "1", 9])["class_labels"].tolist() == [1, 1, 9]
+
+
 def test_masks():
     processor = VarProcessor(image_size=(4, 4))
     mask = Image.new("RGB", (8, 16), "black")

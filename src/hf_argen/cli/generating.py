@@ -154,20 +154,12 @@ def _draw(draw: Any, request: DrawRequest, with_states: bool) -> Iterator[Drawn]
         part = all_pictures[start : start + BATCH]
         device = draw.model.input_device
         generators = [torch.Generator(device).manual_seed(seed) for _, seed in part]
-        conditions = [text if request.prompts else _label(text) for text, _ in part]
+        conditions = [text for text, _ in part]
         streamer = StateStreamer() if with_states else None
         results = draw(conditions, generator=generators, streamer=streamer, batch_size=BATCH, **options)
         pictures = [result["image"] for result in results]
         states = [draw.processor.postprocess(step) for step in streamer.steps] if streamer else []
         yield Drawn(pictures, [list(one) for one in zip(*states, strict=True)] or [[one] for one in pictures])
-
-
-def _label(text: str) -> int | str:
-    """A class by id or by name."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def _write_batch(

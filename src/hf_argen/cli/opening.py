@@ -70,13 +70,6 @@ def _load(model: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any
         processor = AutoProcessor.from_pretrained(place)
     except OSError:  # saved without one; the pipeline makes one where that is possible
         processor = None
-    if (
-        processor is not None
-        and processor.class_names is None
-        and loaded.config.condition_type == "class"
-        and (fresh := new_processor(loaded.config)) is not None
-    ):
-        processor.class_names = fresh.class_names
     return loaded, processor
 
 

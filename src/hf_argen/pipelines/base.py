@@ -62,6 +62,8 @@ class ImageGenerationPipeline(Pipeline):
             if found == "text":
                 raise ValueError("A model that draws from text needs its processor; give processor=.")
             processor = new_processor(model.config)
+        if found == "class" and processor.class_names is None:  # published models are saved without names
+            processor.class_names = new_processor(model.config).class_names
         super().__init__(model, processor=processor, **kwargs)
         if self._batch_size is None:
             self._batch_size = MAX_BATCH

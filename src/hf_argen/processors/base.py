@@ -1,6 +1,7 @@
 """The processor that image families share."""
 
 import os
+import re
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Self
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from .class_names import find_class
 
 MAX_PROMPT_CHARACTERS = 2000
+NUMBER = re.compile(r"-?\d{1,9}")  # an id that was typed
 
 
 class ImageGenerationProcessor(ProcessorMixin):
@@ -135,6 +137,8 @@ class ImageGenerationProcessor(ProcessorMixin):
 
     def _class_of(self, label: Any) -> int:
         if isinstance(label, Integral):
+            return int(label)
+        if NUMBER.fullmatch(str(label)) and str(label) not in (self.class_names or ()):
             return int(label)
         if self.class_names is None:
             raise ValueError(f"This model has no class names; give the id of {label!r}.")
