@@ -18,7 +18,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*row)
     if console.is_terminal:
-        console.print(table, end="\n\n")
+        console.print(table)
+        console.print()
         return
     wide = Console(highlight=False, markup=False, width=WIDE, color_system=None, file=io.StringIO())
     wide.print(table)
