@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from .. import _compat
 from ..predictors.base import Predictor
 from ..sampling import Generators
 
@@ -146,6 +147,7 @@ class Decoding(ABC):
     def store(self, generation_config: GenerationConfig) -> None:
         """Makes this the decoding that a model with this generation configuration uses, also after saving."""
         generation_config.decoding = self.to_dict()
+        _compat.keep_own_entries(generation_config)
 
 
 def resolve(decoding: "Decoding | dict[str, Any] | str") -> Decoding:

@@ -1,0 +1,143 @@
+"""The shared test base on the decodings of this corridor, and the distribution of next-scale sampling."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_argen import CodeConfig, CodeForImageGeneration, CollaborativeNextScale, NextScale
+
+from ..helpers.enumerator import Enumerator, assert_same_distribution
+from ..helpers.tiny import spread, tiny_var, tokenizer_config, var_config
+from .decoding_base import DecodingTests
+
+REFINER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def three_codes():
+    """Two scales, 1x1 and 1x2, and three codes: 27 pictures in all."""
+    return tokenizer_config(codebook_size=3, patch_nums=[1, [1, 2]])
+
+
+def tiny_code(**changes):
+    config = var_config(**changes).to_dict()
+    del config["model_type"]
+    return spread(CodeForImageGeneration(CodeConfig(**config, refiner_config=REFINER)))
+
+
+class TestNextScale(DecodingTests):
+    decoding_class = NextScale
+    options = {"smooth": True, "top_k": [5, 4, 3], "temperature": [1.1, 1.0, 0.9], "edit_mode": "features"}
+    plain = "next_scale"
+
+    def make_model(self):
+        return tiny_var()
+
+    def make_smallest_model(self):
+        return tiny_var(image_tokenizer_config=three_codes())
+
+
+class TestCollaborativeNextScale(DecodingTests):
+    decoding_class = CollaborativeNextScale
+    options = {"draft_scales": 2, "top_k": [5, 4, 3], "refiner": "folder"}
+    plain = "next_scale"
+
+    def make_model(self):
+        return tiny_code()
+
+
+# The distribution of next-scale sampling is the product of the model's guided probabilities.
+
+OPTIONS = {
+    "plain": {},
+    "guidance": {"guidance_scale": 2.0},
+    "temperature": {"guidance_scale": 2.0, "temperature": 0.6},
+    "top_k": {"guidance_scale": 1.0, "top_k": 2},
+    "top_p": {"guidance_scale": 1.0, "top_p": 0.8},
+    "all": {"guidance_scale": 1.5, "temperature": 1.7, "top_k": 2, "top_p": 0.75},
+}
+
+
+def warped(logits: list[float], temperature=1.0, top_k=0, top_p=1.0) -> list[float]:
+    """Probabilities of one token, by the definition of each option."""
+    scores = [logit / temperature for logit in logits]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    kept = order[:top_k] if top_k else order
+    weights = {i: torch.tensor(scores[i], dtype=torch.double).exp().item() for i in kept}
+    total = sum(weights.values())
+    nucleus, mass = [], 0.0
+    for i in kept:  # the fewest of the likeliest that hold at least `top_p`
+        nucleus.append(i)
+        mass += weights[i] / total
+        if mass >= top_p:
+            break
+    total = sum(weights[i] for i in nucleus)
+    return [weights[i] / total if i in nucleus else 0.0 for i in range(len(scores))]
+
+
+@torch.no_grad()
+def by_brute_force(model, label: int, guidance_scale=0.0, **options) -> dict[tuple[int, ...], float]:
+    """Probability of every picture, from teacher-forced passes over all of them."""
+    vocab, tokens = model.config.vocab_size, sum(model.config.scale_lengths)
+    pictures = torch.tensor(list(itertools.product(range(vocab), repeat=tokens)))
+    conditional, unconditional = (
+        model(input_ids=pictures, class_labels=torch.full((len(pictures),), name)).logits.double()
+        for name in (label, -1)
+    )
+    last = len(model.config.patch_nums) - 1
+    scales = [step for step, length in enumerate(model.config.scale_lengths) for _ in range(length)]
+    strength = guidance_scale * torch.tensor(scales).view(1, -1, 1) / last
+    logits = (1 + strength) * conditional - strength * unconditional
+    probabilities = {}
+    for picture, rows in zip(pictures.tolist(), logits.tolist(), strict=True):
+        probability = 1.0
+        for token, row in zip(picture, rows, strict=True):
+            probability *= warped(row, **options)[token]
+        probabilities[tuple(picture)] = probability
+    return probabilities
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_next_scale_samples_the_guided_model(name):
+    torch.manual_seed(3)
+    model = tiny_var(image_tokenizer_config=three_codes())
+    enumerator = Enumerator()
+
+    def run():
+        ids = model.generate([2], do_sample=True, **OPTIONS[name])
+        return tuple(ids[0].tolist())
+
+    found = enumerator.distribution(run)
+    expected = by_brute_force(model, 2, **OPTIONS[name])
+    assert_same_distribution(found, expected)
+    assert len(found) == enumerator.runs == sum(weight > 0 for weight in expected.values())
+    assert (len(found) == 27) == (name in ("plain", "guidance", "temperature"))
+    uniform = dict.fromkeys(expected, 1 / 27)
+    with pytest.raises(AssertionError):
+        assert_same_distribution(found, uniform, tolerance=0.02)
+
+
+def test_rows_of_a_batch_are_independent():
+    """The joint distribution of two rows is the product of theirs."""
+    torch.manual_seed(3)
+    model = tiny_var(image_tokenizer_config=tokenizer_config(codebook_size=2, patch_nums=[1, [1, 2]]))
+
+    def run():
+        ids = model.generate([0, 3], do_sample=True, guidance_scale=1.5)
+        return tuple(map(tuple, ids.tolist()))
+
+    first, second = (by_brute_force(model, label, guidance_scale=1.5) for label in (0, 3))
+    expected = {(a, b): p * q for a, p in first.items() for b, q in second.items()}
+    assert_same_distribution(Enumerator().distribution(run), expected)
+
+
+def test_drawn_classes_are_uniform():
+    torch.manual_seed(3)
+    model = tiny_var(image_tokenizer_config=three_codes())
+
+    def run():
+        output = model.generate(num_return_sequences=2, do_sample=False, return_dict_in_generate=True)
+        return tuple(output.class_labels.tolist())
+
+    pairs = itertools.product(range(5), repeat=2)
+    assert_same_distribution(Enumerator().distribution(run), dict.fromkeys(pairs, 1 / 25))
