@@ -31,6 +31,7 @@ demo: $(VENV)/ready ## generate pictures
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/ready-dev ## run the tests: no network, no GPU
+	$(emoji_font)
 	$(VENV)/bin/python -m pytest -q
 
 check: $(VENV)/ready-dev ## lint, format, who may import whom, types of the public API
@@ -45,6 +46,12 @@ test-oldest: $(OLDEST)/ready ## run the tests of generation and models on the ol
 
 clean: ## remove all that these targets made
 	rm -rf $(VENV) $(OLDEST) build dist demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# The tests of the emoji set draw it. Where the machine has no such font, it goes into .venv; looked up once.
+define emoji_font
+	@[ -n "$$HF_ARGEN_EMOJI_FONT" ] || [ -f "$$(cat $(VENV)/font.txt 2>/dev/null)" ] || \
+		$(VENV)/bin/python scripts/fetch_emoji_font.py > $(VENV)/font.txt
+endef
 
 # A virtual environment with torch, and the constraint that keeps it. Each candidate is started, not only looked up: a
 # version manager's stand-in may be on the path without an interpreter behind it.

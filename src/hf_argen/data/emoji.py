@@ -9,6 +9,7 @@ a Unicode name, is held out. Neither the set nor the split depends on the versio
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ HELD_OUT_SHARE = 0.1
 CANVAS = (136, 128)
 FONT_SIZE = 109  # the only size of the font's bitmaps
 METRIC_SIZE = 32
+# Where scripts/fetch_emoji_font.py puts it when the machine has none.
+ENVIRONMENT_FONT = Path(sys.prefix, "share", "fonts", "NotoColorEmoji.ttf")
 FONT_PLACES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
@@ -34,6 +37,7 @@ FONT_PLACES = (
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
     "~/.local/share/fonts/NotoColorEmoji.ttf",
     "~/.fonts/NotoColorEmoji.ttf",
+    ENVIRONMENT_FONT,
 )
 
 
