@@ -82,7 +82,7 @@ def test_embeddings_from_outside():
     """Without a text encoder, as in VAR-CLIP, pooled embeddings are given."""
     model = spread(VarForImageGeneration(var_config(condition_type="text", text_embed_dim=12)))
     assert model.generate(prompt_embeds=torch.randn(3, 12), guidance_scale=1.0).shape == (3, 21)
-    with pytest.raises(ValueError, match="width 7; this model takes 12"):
+    with pytest.raises(ValueError, match=r"shape \(3, 7\); this model takes \(batch, 12\)"):
         model.generate(prompt_embeds=torch.randn(3, 7))
     with pytest.raises(ValueError, match="no text encoder; give prompt_embeds"):
         model.generate(prompt_ids=torch.ones(1, 3, dtype=torch.long))

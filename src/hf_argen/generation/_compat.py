@@ -19,11 +19,14 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 
-def prepare_generation_config(
-    model: GenerationMixin, generation_config: GenerationConfig | None, options: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A copy of the options in force, and those of `options` that are no generation option."""
-    return model._prepare_generation_config(generation_config, **options)
+def prepare_generation_config(model: GenerationMixin, given: GenerationConfig) -> GenerationConfig:
+    """A copy of `given`, completed from the model's stored options and transformers' defaults."""
+    return model._prepare_generation_config(given)[0]
+
+
+def default_options() -> dict[str, Any]:
+    """The values that transformers gives to options which nobody set."""
+    return GenerationConfig._get_default_generation_params()
 
 
 def prepare_processors(
@@ -37,7 +40,7 @@ def prepare_processors(
     config.max_length = None
     processors = model._get_logits_processor(
         generation_config=config,
-        input_ids_seq_length=0,
+        input_ids_seq_length=1,  # there is no prompt, but for 0 it warns about prompts given as embeddings
         logits_processor=logits_processor,
         device=model.input_device,
         model_kwargs={},

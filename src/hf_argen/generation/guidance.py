@@ -1,5 +1,6 @@
 """Classifier-free guidance (arXiv 2207.12598): how strongly to push away from the unconditional prediction."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,26 +45,42 @@ class Guidance:
     schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self):
-        if not self.scale >= 0:
+        if not 0 <= self.scale < math.inf:
             raise ValueError(f"guidance_scale is {self.scale}; it must be 0 (no guidance) or above.")
-        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+        if isinstance(self.schedule, str):
+            is_known = self.schedule in SCHEDULES
+        else:
+            is_known = callable(self.schedule) or hasattr(self.schedule, "__len__")
+        if not is_known:
             raise ValueError(
                 f"guidance_schedule is {self.schedule!r}; known are {', '.join(sorted(SCHEDULES))}, a list with one "
                 "factor per step, or a function of step and number of steps."
             )
 
     def strength(self, step: int, num_steps: int) -> float:
-        """Guidance strength at `step`, counted from 0."""
+        """
+        Guidance strength at `step`, counted from 0.
+
+        Raises:
+            ValueError: the schedule has no factor for this step, or one that is negative or not finite.
+        """
         if isinstance(self.schedule, str):
-            return self.scale * SCHEDULES[self.schedule](step, num_steps)
-        if callable(self.schedule):
-            return self.scale * self.schedule(step, num_steps)
-        if len(self.schedule) != num_steps:
+            factor = SCHEDULES[self.schedule](step, num_steps)
+        elif callable(self.schedule):
+            factor = self.schedule(step, num_steps)
+        elif len(self.schedule) == num_steps:
+            factor = self.schedule[step]
+        else:
             raise ValueError(
                 f"guidance_schedule has {len(self.schedule)} factors; this model takes {num_steps} steps."
             )
-        return self.scale * self.schedule[step]
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"guidance_schedule gives {factor} at step {step}; every factor must be finite, 0 or above."
+            )
+        return self.scale * factor
 
     def is_off(self, num_steps: int) -> bool:
-        """Whether no step is guided, so that unconditional rows need not be computed."""
-        return all(self.strength(step, num_steps) == 0 for step in range(num_steps))
+        """Whether no step is guided, so that unconditional rows need not be computed; checks every step."""
+        strengths = [self.strength(step, num_steps) for step in range(num_steps)]
+        return not any(strengths)

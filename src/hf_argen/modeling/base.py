@@ -89,9 +89,17 @@ class ImageModelMixin:
 
         Returns:
             (batch, channels, height, width) float32 in [0, 1].
+
+        Raises:
+            ValueError: the tokenizer's weights give NaN.
         """
-        pixels = self.check_image_tokenizer().decode(sequences)
-        return pixels.float().add(1).mul(0.5)
+        pixels = self.check_image_tokenizer().decode(sequences).float()
+        if not bool(torch.isfinite(pixels).all()):
+            raise ValueError(
+                f"The image tokenizer of {type(self).__name__} produced NaN: its weights or its input are damaged; "
+                "load the checkpoint again."
+            )
+        return pixels.add(1).mul(0.5)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -125,12 +125,14 @@ class Decoding(ABC):
         The decoding that `to_dict` wrote.
 
         Raises:
-            ValueError: unknown type or option.
+            ValueError: no type, or unknown type or option.
         """
         from . import by_name
 
         options = dict(stored)
-        decoding_class = by_name(options.pop("type", None))
+        if "type" not in options:
+            raise ValueError(f'A stored decoding has its name under "type"; {stored} has none.')
+        decoding_class = by_name(options.pop("type"))
         known = [f.name for f in dataclasses.fields(decoding_class)]
         if unknown := [name for name in options if name not in known]:
             raise ValueError(
@@ -164,4 +166,5 @@ def resolve(decoding: "Decoding | dict[str, Any] | str") -> Decoding:
         return Decoding.from_dict({"type": decoding})
     if isinstance(decoding, dict):
         return Decoding.from_dict(decoding)
-    raise TypeError(f"decoding is a {type(decoding).__name__}; give a Decoding, its name or its stored dict.")
+    found = repr(decoding) if isinstance(decoding, type) else f"a {type(decoding).__name__}"
+    raise TypeError(f"decoding is {found}; give an instance of a Decoding, its name or its stored dict.")

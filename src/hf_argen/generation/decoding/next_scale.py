@@ -1,6 +1,8 @@
 """Plain next-scale decoding: scale after scale, all tokens of a scale at once (VAR, arXiv 2404.02905)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -59,12 +61,18 @@ class NextScale(Decoding):
     def __post_init__(self):
         if self.edit_mode not in ("tokens", "features"):
             raise ValueError(f"edit_mode is {self.edit_mode!r}; it must be 'tokens' or 'features'.")
-        for name, low in (("top_k", 0), ("temperature", None)):
-            values = getattr(self, name)
-            if values is not None and any(value < 0 if low == 0 else value <= 0 for value in values):
-                raise ValueError(
-                    f"{name} holds {min(values)}; every value must be {'0 or above' if low == 0 else 'above 0'}."
-                )
+        self._check_values("top_k", "whole numbers, 0 or above", Integral, lambda value: value >= 0)
+        self._check_values("temperature", "numbers above 0", Real, lambda value: value > 0)
+
+    def _check_values(self, name: str, rule: str, kind: type, holds: Callable[[Any], bool]) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{name} is {values!r}; give a list with one value per scale.")
+        for value in values:
+            if not (isinstance(value, kind) and holds(value)):
+                raise ValueError(f"{name} holds {value!r}; its values must be {rule}.")
 
     def run(self, request: Request) -> DecodingResult:
         self.check(request)
@@ -81,6 +89,9 @@ class NextScale(Decoding):
             values = getattr(self, name)
             if values is not None and len(values) != num_scales:
                 raise ValueError(f"{name} has {len(values)} values; this model has {num_scales} scales.")
+        vocab_size = request.model.config.vocab_size
+        if self.top_k is not None and max(self.top_k) > vocab_size:
+            raise ValueError(f"top_k holds {max(self.top_k)}; this model has {vocab_size} codes.")
         if self.smooth and not request.generation_config.do_sample:
             raise ValueError("smooth=True mixes codes by random noise; it needs do_sample=True.")
 

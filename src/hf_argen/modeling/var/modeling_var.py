@@ -21,6 +21,7 @@ from ..layers.attention import attention_function, block_causal_mask, block_inde
 from ..layers.drop_path import DropPath
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
+from ..layers.text_pooling import check_prompts, pool_tokens
 from .configuration_var import VarConfig
 
 NUM_MODULATIONS = 6  # gates, scales and shifts of the attention and the feed-forward block
@@ -232,7 +233,7 @@ class VarModel(VarPreTrainedModel):
         return self.start_embedding.dtype
 
     def class_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """Class labels (batch,), any negative one for the null class, to conditions (batch, hidden_size)."""
+        """Class labels (batch,), -1 for the null class, to conditions (batch, hidden_size)."""
         return self.class_embedding(torch.where(class_labels < 0, self.config.num_classes, class_labels))
 
     def pool_text(self, prompt_embeds=None, prompt_ids=None, prompt_attention_mask=None) -> torch.Tensor:
@@ -240,21 +241,17 @@ class VarModel(VarPreTrainedModel):
         Pooled text embeddings (batch, text_embed_dim): as given, or the mean over the tokens that the mask keeps of
         given or encoded token embeddings (batch, tokens, text_embed_dim).
         """
+        check_prompts(
+            prompt_embeds,
+            prompt_ids,
+            prompt_attention_mask,
+            self.config.text_embed_dim,
+            self.config.text_encoder_config,
+        )
         if prompt_embeds is None:
-            if self.text_encoder is None:
-                raise ValueError("This model has no text encoder; give prompt_embeds.")
             encoded = self.text_encoder(input_ids=prompt_ids, attention_mask=prompt_attention_mask)
             prompt_embeds = encoded.last_hidden_state
-        if prompt_embeds.shape[-1] != self.config.text_embed_dim:
-            raise ValueError(
-                f"prompt_embeds have the width {prompt_embeds.shape[-1]}; this model takes {self.config.text_embed_dim}."
-            )
-        if prompt_embeds.ndim == 2:
-            return prompt_embeds
-        if prompt_attention_mask is None:
-            return prompt_embeds.mean(dim=1)
-        weights = prompt_attention_mask.to(prompt_embeds.dtype).unsqueeze(-1)
-        return (prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return prompt_embeds if prompt_embeds.ndim == 2 else pool_tokens(prompt_embeds, prompt_attention_mask)
 
     def text_condition(self, pooled: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         """Pooled text (batch, text_embed_dim), the null text where `drop` (batch,) is set, to conditions."""
@@ -364,7 +361,7 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
         What the pictures shall show, as vectors (batch, hidden_size).
 
         Args:
-            class_labels: (batch,) int64, negative for none; class-conditional models.
+            class_labels: (batch,) int64, -1 for none; class-conditional models.
             prompt_embeds: (batch, text_embed_dim) pooled, or (batch, tokens, text_embed_dim).
             prompt_ids, prompt_attention_mask: (batch, tokens), for the text encoder inside the model.
             drop: (batch,) bool, the rows that take the null condition instead.
@@ -373,27 +370,33 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
         if batch_size is not None:
             return self.null_condition(batch_size)
         if self.config.condition_type == "class":
-            if class_labels is None:
-                raise ValueError("class_labels are missing; use -1 for a row without class.")
+            if class_labels is None or prompt_embeds is not None or prompt_ids is not None:
+                raise ValueError(
+                    "This model draws from class labels; give class_labels alone, -1 for no class."
+                )
             self.check_class_labels(class_labels)
             if drop is not None:
                 class_labels = torch.where(drop, self.config.num_classes, class_labels)
             return self.model.class_condition(class_labels)
-        if prompt_embeds is None and prompt_ids is None:
-            raise ValueError("This model draws from text; give prompt_ids or prompt_embeds.")
+        if class_labels is not None:
+            raise ValueError(
+                "This model draws from text; give prompt_ids or prompt_embeds, not class_labels."
+            )
         return self.model.text_condition(
             self.model.pool_text(prompt_embeds, prompt_ids, prompt_attention_mask), drop
         )
 
     def check_class_labels(self, class_labels: torch.Tensor) -> None:
-        """Refuses labels that are neither a class nor the null class."""
-        if class_labels.ndim != 1 or class_labels.is_floating_point():
-            raise ValueError(f"class_labels must be whole numbers (batch,); got {tuple(class_labels.shape)}.")
-        if class_labels.numel() and int(class_labels.max()) > self.config.num_classes:
-            raise ValueError(
-                f"class label {int(class_labels.max())} is out of range; this model has the classes 0 to "
-                f"{self.config.num_classes - 1}, and -1 for none."
-            )
+        """Refuses labels that are neither a class nor the null class, which is -1 or, as in the authors' code, num_classes."""
+        is_whole = isinstance(class_labels, torch.Tensor) and class_labels.dtype in (torch.int64, torch.int32)
+        if not is_whole or class_labels.ndim != 1:
+            raise ValueError(f"class_labels are {class_labels}; give a tensor (batch,) of whole numbers.")
+        for label in map(int, class_labels.aminmax()):
+            if not -1 <= label <= self.config.num_classes:
+                raise ValueError(
+                    f"class label {label} is out of range; this model has the classes 0 to "
+                    f"{self.config.num_classes - 1}, and -1 for none."
+                )
 
     def null_condition(self, batch_size: int) -> torch.Tensor:
         """The condition of unconditional rows, (batch_size, hidden_size)."""
@@ -452,6 +455,12 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
             labels = input_ids if labels is None and return_loss else labels
         drop = self._draw_dropped_conditions(input_ids.shape[0], input_ids.device)
         condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
+        if condition.shape[0] != input_ids.shape[0]:
+            raise ValueError(f"There are {condition.shape[0]} conditions for {input_ids.shape[0]} pictures.")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels have the shape {tuple(labels.shape)}; the ids have {tuple(input_ids.shape)}."
+            )
         quantizer = self.check_image_tokenizer().quantizer
         num_scales = len(quantizer.split(input_ids, self.config.grid_sizes, partial=True))
         features = quantizer.scale_inputs(input_ids, self.config.grid_sizes)
