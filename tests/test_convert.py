@@ -92,6 +92,23 @@ def test_arguments_of_the_authors_hub_class(reference, files):
     assert (vq.commitment_loss_weight, vq.norm_num_groups) == (0.5, 4)
 
 
+def test_folder_of_the_authors_hub_class(reference, files, tmp_path):
+    """Weights and constructor arguments in one folder, in which other files may lie; arguments given come first."""
+    arguments = reference.original_config()
+    nested = {**arguments["tokenizer"], "beta": 0.5}
+    save_file(torch.load(files["transformer"], weights_only=True), tmp_path / "model.safetensors")
+    save_file({"tok.image": torch.zeros(1)}, tmp_path / "expected.safetensors")
+    stored = {**arguments["transformer"], "cond_drop_rate": 0.3, "norm_eps": 1e-5, "vae_kwargs": nested}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    files["transformer"] = tmp_path
+    given = {"transformer": {"norm_eps": 1e-4}}
+    config = convert_original("var", files, given).config
+    assert (config.condition_dropout, config.layer_norm_eps) == (0.3, 1e-4)
+    assert config.image_tokenizer_config.commitment_loss_weight == 0.5
+    (tmp_path / "config.json").write_text("{")
+    refuses(files, r"config\.json' of the transformer is not JSON")
+
+
 @pytest.mark.parametrize(
     "case, number, ratio",
     [("d2_adaln_l2_q4", 4, 0.5), ("d2_adaln_nol2_q1", 1, 0.5), ("d3_saln_l2_q0", 4, 0.5)],

@@ -7,6 +7,7 @@ import torch
 
 from hf_argen import NextScale
 from hf_argen.generation import sampling
+from hf_argen.generation.decoding import next_scale
 from hf_argen.generation.guidance import Guidance
 
 from ..helpers.goldens import assert_close, assert_same_image, golden
@@ -95,6 +96,31 @@ def test_recorded_generation(models, name, tag):
         assert_close(ours, maps, 1e-3 if "smooth" in tag else 1e-4)
     if f"{tag}.labels" in expected:
         assert torch.equal(output.class_labels, expected[f"{tag}.labels"])
+
+
+SMOOTH = [(name, tag) for name, tags in CASES.items() for tag in tags if "smooth" in tag]
+
+
+@pytest.mark.parametrize(("name", "tag"), SMOOTH)
+def test_mixtures_of_the_smooth_mode(models, name, tag, monkeypatch):
+    """The noise is drawn after the discarded tokens of the same scale, and mixes the codes as the authors' does."""
+    case, model = converted(models, name)
+    noise, mixtures = [], []
+
+    class Recording(sampling.TorchRandomness):
+        def gumbel(self, like, generator):
+            noise.append(super().gumbel(like, generator))
+            return noise[-1]
+
+    def recording(*args):
+        mixtures.append(sampling.gumbel_softmax(*args))
+        return mixtures[-1]
+
+    monkeypatch.setattr(next_scale, "gumbel_softmax", recording)
+    with sampling.randomness(Recording()):
+        run(case, model, recorded_call(case, tag))
+    assert_close((-torch.cat(noise, dim=1)).exp(), case.tensors[f"{tag}.gumbel_exponential"])
+    assert_close(torch.cat(mixtures, dim=1), case.tensors[f"{tag}.gumbel_soft"], 1e-2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_argen import Decoding
 from hf_argen.modeling.checkpoints import ConversionError, read_checkpoint, tensors_at
 from hf_argen.modeling.code.convert_code import CONVERTER as CODE
-from hf_argen.modeling.conversion import OriginalArguments, convert_weights
+from hf_argen.modeling.conversion import OriginalArguments, convert_weights, load_presets
 from hf_argen.modeling.key_map import Drop, KeyMap, Rename, Reshape, Split
 from hf_argen.modeling.tokenizers.multiscale_vq.convert_multiscale_vq import TOKENIZER
 from hf_argen.modeling.var.convert_var import CONVERTER as VAR
@@ -179,6 +180,31 @@ def test_released_code_files_convert_without_original_config():
     assert model.refiner.image_tokenizer is None
     expected = 108_948_355 + 2_010_020_356 + 310_283_520
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+PRESETS = [
+    (converter, name, preset)
+    for converter, package in ((VAR, "hf_argen.modeling.var"), (CODE, "hf_argen.modeling.code"))
+    for name, preset in load_presets(package).items()
+]
+
+
+@pytest.mark.parametrize("converter, name, preset", PRESETS, ids=[name for _, name, _ in PRESETS])
+def test_presets_agree_with_the_released_shapes(converter, name, preset):
+    """The arguments that a preset brings are checked against the weights, and build a model that they fill."""
+    weights = {}
+    for role, file in preset["files"].items():
+        kind, _, rest = file["file"].partition("_")
+        listed = {"drafter": "drafter_*.pth (depth 30)", "refiner": "refiner_*.pth (depth 16)"}.get(kind)
+        if rest == "d36.pth":
+            listed = "var_d36.pth (512 px, shared AdaLN)"
+        weights[role] = released("code" if kind in ("drafter", "refiner") else "var", listed or file["file"])
+    model = convert_weights(converter, weights, preset["original_config"])
+    assert all(weight.device.type == "meta" for weight in model.parameters())
+    if converter is CODE:
+        decoding = Decoding.from_dict(preset["generation_config"]["decoding"])
+        assert decoding.draft_scales in range(6, 10)
+        assert len(decoding.top_k) == len(decoding.temperature) == len(model.config.patch_nums)
 
 
 def test_arguments_are_checked_against_the_weights():

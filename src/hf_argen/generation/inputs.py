@@ -99,7 +99,7 @@ def prepare_edit(
 def mask_on_grid(model: Any, keep_mask: Any) -> torch.Tensor:
     """A mask on the last token grid or in pixels to (batch, h, w) float32 of 0 and 1 on the grid."""
     grid = model.config.grid_sizes[-1]
-    factor = model.config.image_tokenizer_config.downsampling_factor
+    factor = model.check_image_tokenizer().config.downsampling_factor
     picture = (grid[0] * factor, grid[1] * factor)
     try:
         mask = torch.as_tensor(keep_mask, device=model.input_device)

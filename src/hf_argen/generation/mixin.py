@@ -114,6 +114,8 @@ class ImageGenerationMixin(GenerationMixin):
         """
         config = prepare_options(self, generation_config, kwargs)
         chosen = self._choose_decoding(decoding, config)
+        if decoding is None:
+            chosen = chosen.under(kwargs)
         check_helpers(generator, logits_processor, stopping_criteria, streamer)
         if self.input_device.type == "cpu" and self.dtype == torch.float16:
             warnings.warn(

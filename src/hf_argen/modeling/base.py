@@ -57,7 +57,15 @@ class ArgenPreTrainedModel(StrictPreTrainedModel):
 
 
 class ImageModelMixin:
-    """What the image families share: a frozen visual tokenizer and the way from tokens to pictures."""
+    """
+    What the image families share: a frozen visual tokenizer and the way from tokens to pictures.
+
+    Attributes:
+        lent_image_tokenizer: in a part of a larger model, the tokenizer of the whole, as a tuple of one or none, so
+            that it does not become a submodule of the part, to be saved and counted twice.
+    """
+
+    lent_image_tokenizer: tuple[nn.Module, ...] = ()
 
     def build_image_tokenizer(self, config: PreTrainedConfig | None) -> nn.Module | None:
         """The tokenizer that a sub-configuration describes, frozen."""
@@ -71,8 +79,10 @@ class ImageModelMixin:
         return self
 
     def check_image_tokenizer(self) -> nn.Module:
-        """The visual tokenizer, or an error that says how to get one."""
+        """The visual tokenizer, its own or that of the model it is part of, or an error that says how to get one."""
         if self.image_tokenizer is None:
+            for tokenizer in self.lent_image_tokenizer:
+                return tokenizer
             raise ValueError(
                 f"This {type(self).__name__} was built without image tokenizer; give its configuration an "
                 "image_tokenizer_config."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 class ConversionError(ValueError):
@@ -83,6 +84,7 @@ def _entries(content: Any) -> str:
 def _read_folder(folder: Path, role: str) -> dict[str, torch.Tensor]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if file.name == SAFE_WEIGHTS_NAME] or files  # others may lie beside it
     if len(indexes) == 1:
         try:
             weight_map = json.loads(indexes[0].read_text())["weight_map"]

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .checkpoints import ConversionError, read_checkpoint, tensors_at
 from .key_map import KeyMap, StateDict
@@ -131,6 +132,8 @@ class Converter:
         containers: role of a file that nests several state dicts -> which role lies at which path inside it.
             A file given for a role of its own takes precedence.
         allowed_globals: classes that the authors' trainers pickle beside the tensors.
+        hub_roles: roles of which the authors have a class on huggingface_hub's mixin; it saves a folder whose
+            config.json holds the constructor's arguments.
     """
 
     family: str
@@ -138,6 +141,7 @@ class Converter:
     plan: Callable[[dict[str, StateDict], Mapping[str, Mapping[str, Any]]], ConversionPlan]
     containers: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     allowed_globals: Sequence[Callable] = ()
+    hub_roles: Sequence[str] = ()
 
 
 def convert(
@@ -167,7 +171,25 @@ def convert(
                 f"Unknown role {role!r}{_closest(role, known)}; the roles of {converter.family} are "
                 f"{', '.join(known)}."
             )
+    for role in converter.hub_roles:
+        stored = _stored_arguments(files, role)
+        if stored and isinstance(original_config.get(role, {}), Mapping):
+            original_config[role] = {**stored, **original_config.get(role, {})}
     return convert_weights(converter, _read_weights(converter, files), original_config)
+
+
+def _stored_arguments(files: Mapping[str, str | Path], role: str) -> dict[str, Any]:
+    """The constructor's arguments that the authors' Hub class has saved beside the weights of a role."""
+    path = Path(files[role]) / CONFIG_NAME if role in files else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConversionError(
+            f"{str(path)!r} of the {role} is not JSON ({error}); fetch it again."
+        ) from error
+    return stored if isinstance(stored, dict) else {}
 
 
 def convert_weights(

@@ -107,6 +107,10 @@ class Decoding(ABC):
         predictor_class = getattr(model, "predictor_class", None)
         return predictor_class is not None and issubclass(predictor_class, cls.predictor_class)
 
+    def under(self, options: dict[str, Any]) -> Self:
+        """This decoding, which a model has stored, for a call that names `options` of its own; these come first."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The stored form: the type and those options that differ from their defaults; plain JSON values."""
         options = {

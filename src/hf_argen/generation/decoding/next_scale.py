@@ -1,9 +1,9 @@
 """Plain next-scale decoding: scale after scale, all tokens of a scale at once (VAR, arXiv 2404.02905)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,9 @@ class NextScale(Decoding):
         smooth: replace the drawn code by a Gumbel-softmax mixture of codes whose temperature falls with the scale;
             smoother pictures, for viewing only (the authors' `more_smooth`). The ids are drawn all the same but do
             not make the picture.
-        top_k: one value per scale in place of the request's.
-        temperature: one value per scale in place of the request's; divides the logits after top-k and top-p, as in
-            CoDe (arXiv 2411.17787), where the request's divides them before.
+        top_k: one value per scale in place of the request's; stored with a model, it gives way to that of a call.
+        temperature: likewise; divides the logits after top-k and top-p, as in CoDe (arXiv 2411.17787), where the
+            request's divides them before.
         edit_mode: how kept parts of a source picture enter: "tokens" puts the source's codes in place of the drawn
             ones (VAR's notebook), "features" its feature map in place of the sum (CoDe).
     """
@@ -73,6 +73,10 @@ class NextScale(Decoding):
         for value in values:
             if not (isinstance(value, kind) and holds(value)):
                 raise ValueError(f"{name} holds {value!r}; its values must be {rule}.")
+
+    def under(self, options: dict[str, Any]) -> Self:
+        own = [name for name in ("top_k", "temperature") if options.get(name) is not None]
+        return replace(self, **dict.fromkeys(own, None))
 
     def run(self, request: Request) -> DecodingResult:
         self.check(request)

@@ -181,4 +181,5 @@ CONVERTER = Converter(
     # ar-ckpt-last.pth and ar-ckpt-best.pth of the authors' trainer
     containers={"trainer": {"transformer": ("trainer", "var_wo_ddp"), "tokenizer": ("trainer", "vae_local")}},
     allowed_globals=(argparse.Namespace,),
+    hub_roles=("transformer",),
 )
