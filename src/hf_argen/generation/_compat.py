@@ -2,7 +2,8 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,22 @@ def keep_own_entries(config: GenerationConfig) -> None:
     generation configuration that is marked as derived from the model's.
     """
     config._from_model_config = False
+
+
+@contextmanager
+def without_load_report(unless: bool = False) -> Iterator[None]:
+    """
+    Silences the table of missing and superfluous weights that `from_pretrained` logs, for callers that judge these
+    themselves; failed conversions, to which an error of transformers refers, stay.
+    """
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return unless or "LOAD REPORT" not in message or "CONVERSION" in message
+
+    logger = logging.getLogger(PreTrainedModel.__module__)
+    logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_kept)

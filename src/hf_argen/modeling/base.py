@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..generation import _compat
 from ..generation.decoding import Decoding
@@ -60,6 +60,9 @@ class ImageModelMixin:
     """
     What the image families share: a frozen visual tokenizer and the way from tokens to pictures.
 
+    The tokenizer may be replaced, `model.image_tokenizer = another`, where its tokens are the same; the configuration
+    follows.
+
     Attributes:
         lent_image_tokenizer: in a part of a larger model, the tokenizer of the whole, as a tuple of one or none, so
             that it does not become a submodule of the part, to be saved and counted twice.
@@ -67,9 +70,20 @@ class ImageModelMixin:
 
     lent_image_tokenizer: tuple[nn.Module, ...] = ()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "image_tokenizer" and isinstance(value, PreTrainedModel):
+            self.check_tokenizer_fits(value.config)
+            self.config.image_tokenizer_config = value.config
+            value.eval().requires_grad_(False)
+        super().__setattr__(name, value)
+
+    def check_tokenizer_fits(self, config: PreTrainedConfig) -> None:
+        """Refuses an image tokenizer with this configuration whose tokens are not those of the model."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which image tokenizers fit it.")
+
     def build_image_tokenizer(self, config: PreTrainedConfig | None) -> nn.Module | None:
-        """The tokenizer that a sub-configuration describes, frozen."""
-        return None if config is None else AutoModel.from_config(config).requires_grad_(False)
+        """The tokenizer that a sub-configuration describes."""
+        return None if config is None else AutoModel.from_config(config)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; the image tokenizer has a training of its own and stays frozen, in evaluation mode."""

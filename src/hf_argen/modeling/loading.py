@@ -5,10 +5,18 @@ layer draws plausible nonsense, so our classes refuse such a checkpoint instead.
 """
 
 import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+
+from ..generation import _compat
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 class StrictLoadingMixin:
@@ -24,7 +32,7 @@ class StrictLoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, strict: bool = True, **kwargs: Any
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, strict: bool = True, **kwargs: Any
     ) -> Self | tuple[Self, dict]:
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but weights and configuration must fit this class.
@@ -36,29 +44,41 @@ class StrictLoadingMixin:
             kwargs: as in transformers (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
                 `revision`, ...).
 
+                A quantized model computes in bfloat16 unless `dtype` says otherwise.
+
         Raises:
-            ValueError: the folder holds another model type; a weight is missing, superfluous or misshapen; a file is
-                damaged.
+            ValueError: the folder holds no model or another type; a weight is missing, superfluous or misshapen; a
+                file is missing or damaged, or a pickle with code in it (which is not run).
         """
-        name = str(pretrained_model_name_or_path)
+        if "quantization_config" in kwargs and not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.bfloat16
         if not strict:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        cls._check_model_type(pretrained_model_name_or_path, kwargs)
+        name = str(pretrained_model_name_or_path)
+        cls._check_files(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        # Collected and reported below together with missing and superfluous keys, rather than one at a time.
         ignore_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
-            )
+            # Mismatched keys are reported below together with missing and superfluous ones, rather than one at a time.
+            with _compat.without_load_report(unless=ignore_mismatched):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **kwargs,
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {name!r} cannot be read ({error}); the file is damaged or incomplete: fetch it again."
             ) from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"The weights of {name!r} are a pickle that is damaged or holds code, and nothing of it was run; give "
+                "safetensors."
+            ) from error
+        except FileNotFoundError as error:
+            raise ValueError(f"A file of {name!r} is missing ({error}); fetch it again.") from error
         mismatched = [] if ignore_mismatched else info.get("mismatched_keys", [])
         unexpected = [
             key for key in info.get("unexpected_keys", []) if not key.startswith(cls.parts_of_larger_models)
@@ -72,23 +92,22 @@ class StrictLoadingMixin:
         return (model, info) if wants_info else model
 
     @classmethod
-    def _check_model_type(cls, source, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("config") is not None or source is None:
+    def _check_files(cls, source: Any, kwargs: dict[str, Any]) -> None:
+        """Refuses a missing or damaged configuration, and that of another model."""
+        if source is None:
             return
-        hub_names = (
-            "cache_dir",
-            "force_download",
-            "local_files_only",
-            "token",
-            "revision",
-            "subfolder",
-            "proxies",
-        )
-        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        try:
-            found, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"config.json of {str(source)!r} is not JSON ({error}).") from error
+        options = Path(source, kwargs.get("subfolder") or "", "generation_config.json")
+        if options.is_file():
+            try:
+                json.loads(options.read_text(encoding="utf-8"))
+            except ValueError as error:  # transformers would go on without it
+                raise ValueError(f"{str(options)!r} is not JSON ({error}); fetch it again.") from error
+        if kwargs.get("config") is not None:
+            return
+        hub_kwargs = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        found, _ = cls.config_class.get_config_dict(source, **hub_kwargs)
+        if not found:
+            raise ValueError(f"{str(source)!r} holds no model: it has no config.json.")
         found_type = found.get("model_type")
         if found_type is not None and found_type != cls.config_class.model_type:
             raise ValueError(
@@ -97,7 +116,9 @@ class StrictLoadingMixin:
             )
 
 
-def _describe(missing, unexpected, mismatched, most: int = 3) -> str:
+def _describe(
+    missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], most: int = 3
+) -> str:
     """The keys that do not fit, at most `most` of a kind, as one clause."""
 
     def named(kind: str, keys: list[str]) -> str:

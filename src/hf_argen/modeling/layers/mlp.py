@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import get_activation
 
 
 class MLP(nn.Module):
@@ -11,7 +11,7 @@ class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.act = ACT2FN[hidden_act]
+        self.act = get_activation(hidden_act)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..config_checks import check_positive, check_shares
 from ..tokenizers.multiscale_vq.configuration_multiscale_vq import (
     MultiScaleVQConfig,
     grid_sizes,
@@ -16,6 +17,8 @@ def as_config(value: Any, default: type[PreTrainedConfig] | None = None) -> PreT
     """A sub-configuration from what config.json holds: a dict names its class by `model_type`."""
     if value is None or isinstance(value, PreTrainedConfig):
         return value
+    if not isinstance(value, dict):
+        raise ValueError(f"A sub-configuration is {value!r}; give a configuration or its dict.")
     value = dict(value)
     model_type = value.pop("model_type", default.model_type if default else None)
     if model_type is None:
@@ -76,12 +79,28 @@ class VarConfig(PreTrainedConfig):
     label_smoothing: float = 0.0
     initializer_range: float | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.image_tokenizer_config = as_config(self.image_tokenizer_config, MultiScaleVQConfig)
         self.text_encoder_config = as_config(self.text_encoder_config)
         self._complete_from_tokenizer()
         self.patch_nums = normalize_patch_nums(self.patch_nums)
         self._complete_text()
+        sizes = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "num_classes",
+        )
+        check_positive(self, (*sizes, "vocab_size", "codebook_dim"))
+        rates = (
+            "hidden_dropout",
+            "attention_dropout",
+            "drop_path_rate",
+            "condition_dropout",
+            "label_smoothing",
+        )
+        check_shares(self, rates)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
@@ -90,6 +109,10 @@ class VarConfig(PreTrainedConfig):
 
     def _complete_from_tokenizer(self) -> None:
         tokenizer = self.image_tokenizer_config
+        if tokenizer is not None and not isinstance(tokenizer, MultiScaleVQConfig):
+            raise ValueError(
+                f"image_tokenizer_config is of type {tokenizer.model_type!r}; VAR takes 'multiscale_vq'."
+            )
         names = {"vocab_size": "codebook_size", "codebook_dim": "latent_channels", "patch_nums": "patch_nums"}
         for name, tokenizer_name in names.items():
             if getattr(self, name) is None:

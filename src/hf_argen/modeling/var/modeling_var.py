@@ -22,6 +22,7 @@ from ..layers.drop_path import DropPath
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
 from ..layers.text_pooling import check_prompts, pool_tokens
+from ..tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
 from .configuration_var import VarConfig
 
 NUM_MODULATIONS = 6  # gates, scales and shifts of the attention and the feed-forward block
@@ -331,16 +332,14 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
         self.model = VarModel(config)
         self.head = CategoricalHead(config.hidden_size, config.vocab_size)
         self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
-        if self.image_tokenizer is not None:
-            self._check_tokenizer_fits()
         self.post_init()
 
-    def _check_tokenizer_fits(self) -> None:
-        tokenizer = self.config.image_tokenizer_config
+    def check_tokenizer_fits(self, config: MultiScaleVQConfig) -> None:
+        """Refuses an image tokenizer of other scales, codes or channels."""
         pairs = {
-            "patch_nums": (self.config.patch_nums, tokenizer.patch_nums),
-            "vocab_size": (self.config.vocab_size, tokenizer.codebook_size),
-            "codebook_dim": (self.config.codebook_dim, tokenizer.latent_channels),
+            "patch_nums": (self.config.patch_nums, config.patch_nums),
+            "vocab_size": (self.config.vocab_size, config.codebook_size),
+            "codebook_dim": (self.config.codebook_dim, config.latent_channels),
         }
         for name, (own, theirs) in pairs.items():
             if own != theirs:

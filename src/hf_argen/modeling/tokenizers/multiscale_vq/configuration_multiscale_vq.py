@@ -1,6 +1,12 @@
 """Configuration of the multi-scale residual VQ-VAE."""
 
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
 from transformers import PreTrainedConfig
+
+from ...config_checks import check_positive, check_shares
 
 
 class MultiScaleVQConfig(PreTrainedConfig):
@@ -52,11 +58,18 @@ class MultiScaleVQConfig(PreTrainedConfig):
     commitment_loss_weight: float = 0.25
     initializer_range: float = 0.2
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any):
         self.channel_multiplier = list(self.channel_multiplier)
         self.patch_nums = normalize_patch_nums(self.patch_nums)
-        if not 0.0 <= self.residual_conv_ratio <= 1.0:
-            raise ValueError(f"residual_conv_ratio is {self.residual_conv_ratio}; it must lie in [0, 1].")
+        sizes = ("codebook_size", "latent_channels", "base_channels", "num_res_blocks", "norm_num_groups")
+        check_positive(self, (*sizes, "in_channels", "patch_size", "quant_conv_kernel_size"))
+        check_shares(self, ("residual_conv_ratio", "dropout"))
+        if not self.channel_multiplier:
+            raise ValueError("channel_multiplier is empty; give the width of at least one level.")
+        if self.quant_conv_kernel_size % 2 == 0:
+            raise ValueError(f"quant_conv_kernel_size is {self.quant_conv_kernel_size}; it must be odd.")
+        if self.num_residual_convs < 0:
+            raise ValueError(f"num_residual_convs is {self.num_residual_convs}; it must be 0 or above.")
         for multiplier in self.channel_multiplier:
             if (self.base_channels * multiplier) % self.norm_num_groups:
                 raise ValueError(
@@ -76,19 +89,32 @@ class MultiScaleVQConfig(PreTrainedConfig):
         return grid_sizes(self.patch_nums)
 
 
-def normalize_patch_nums(patch_nums) -> list[int | list[int]]:
-    """Checks a list of scales and brings it into the form that is stored: `n` for a square grid, `[h, w]` otherwise."""
+def normalize_patch_nums(patch_nums: Any) -> list[int | list[int]]:
+    """
+    Checks a list of scales and brings it into the form that is stored: `n` for a square grid, `[h, w]` otherwise.
+
+    Raises:
+        ValueError: no scale, or one that is neither `n` nor `[h, w]`.
+    """
+    if not isinstance(patch_nums, Sequence) or isinstance(patch_nums, str) or not patch_nums:
+        raise ValueError(
+            f"patch_nums is {patch_nums!r}; give a list with the side of at least one token grid."
+        )
     scales: list[int | list[int]] = []
     for patch_num in patch_nums:
-        height, width = (patch_num, patch_num) if isinstance(patch_num, int) else (int(n) for n in patch_num)
-        if height < 1 or width < 1:
-            raise ValueError(f"patch_nums holds the scale {patch_num}; every side must be at least 1.")
+        sides = [patch_num, patch_num] if isinstance(patch_num, Integral) else patch_num
+        is_grid = isinstance(sides, Sequence) and len(sides) == 2
+        if not is_grid or not all(
+            isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in sides
+        ):
+            raise ValueError(
+                f"patch_nums holds the scale {patch_num!r}; a scale is n or [height, width], every side at least 1."
+            )
+        height, width = map(int, sides)
         scales.append(height if height == width else [height, width])
-    if not scales:
-        raise ValueError("patch_nums is empty; give the side of at least one token grid.")
     return scales
 
 
-def grid_sizes(patch_nums) -> list[tuple[int, int]]:
+def grid_sizes(patch_nums: list) -> list[tuple[int, int]]:
     """(height, width) of each scale of a list in which `n` stands for `[n, n]`."""
     return [(n, n) if isinstance(n, int) else (n[0], n[1]) for n in patch_nums]
