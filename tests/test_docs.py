@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from hf_argen import MultiScaleVQConfig, VarConfig, VarForImageGeneration, convert_original
 from hf_argen.auto import FAMILIES, new_processor
@@ -76,6 +77,13 @@ def originals(tmp_path_factory):
     for name in ("var_d16.pth", "drafter_8.pth", "refiner_8.pth"):
         torch.save(transformer, folder / name)
     torch.save(vae, folder / "vae_ch160v4096z32.pth")
+    (folder / "hub-var-d16").mkdir()
+    save_file(
+        {key: tensor.contiguous() for key, tensor in transformer.items()},
+        folder / "hub-var-d16" / "model.safetensors",
+    )
+    arguments = {"num_heads": 2, "attn_l2_norm": True, "vae_kwargs": {"share_quant_resi": 4, "test_mode": True}}
+    (folder / "hub-var-d16" / "config.json").write_text(json.dumps(arguments))
     nested = {"epoch": 1, "trainer": {"var_wo_ddp": transformer, "vae_local": vae}}
     torch.save(nested, folder / "ar-ckpt-best.pth")
     files = {"transformer": folder / "var_d16.pth", "tokenizer": folder / "vae_ch160v4096z32.pth"}

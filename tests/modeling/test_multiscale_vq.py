@@ -56,12 +56,11 @@ def test_pictures(case, tokenizer):
     ids, tensors = case.tensors["tok.ids"], case.tensors
     assert_same_image(tokenizer.reconstruct(tensors["tok.image"]), tensors["tok.recon_last"])
     assert_same_image(tokenizer.decode(ids)[..., 1::4, 1::4], tensors["tok.ids_to_img_s4"])
-    maps = tokenizer.quantizer.feature_maps(ids)
-    assert_same_image(tokenizer.decode(maps[0])[..., 1::4, 1::4], tensors["tok.recon_scale0_s4"])
-    assert_same_image(
-        tokenizer.decode(maps[len(maps) // 2])[..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"]
-    )
-    raw = tokenizer.decode_latents(maps[-1])
+    pictures = tokenizer.decode_scales(ids)
+    assert_same_image(pictures[0][..., 1::4, 1::4], tensors["tok.recon_scale0_s4"])
+    assert_same_image(pictures[len(pictures) // 2][..., 1::4, 1::4], tensors["tok.recon_scale_mid_s4"])
+    assert torch.equal(pictures[-1], tokenizer.decode(ids))
+    raw = tokenizer.decode_latents(tokenizer.quantizer.feature_maps(ids)[-1])
     assert_close(raw[..., 1::4, 1::4], tensors["tok.decoder_raw_s4"])
 
 
@@ -69,7 +68,11 @@ def test_pictures(case, tokenizer):
 def test_progressive_previews(case, tokenizer):
     maps = tokenizer.quantizer.feature_maps(case.tensors["tok.ids"], progressive=True)
     assert_close(maps[-1], case.tensors["tok.fhats_not_same_shape_last"])
-    assert_same_image(tokenizer.decode(maps[1]), case.tensors["tok.ids_to_img_native_s1"])
+    pictures = tokenizer.decode_scales(case.tensors["tok.ids"], progressive=True)
+    assert_same_image(pictures[1], case.tensors["tok.ids_to_img_native_s1"])
+    factor = tokenizer.config.downsampling_factor
+    sizes = [(height * factor, width * factor) for height, width in tokenizer.config.grid_sizes]
+    assert [tuple(picture.shape[-2:]) for picture in pictures] == sizes
 
 
 @torch.no_grad()
@@ -94,6 +97,8 @@ def test_non_square_picture():
     ids = tokenizer.encode(case.tensors["tok.rect_image"], patch_nums=scales)
     assert torch.equal(ids, case.tensors["tok.rect_ids"])
     assert_same_image(tokenizer.decode(ids, patch_nums=scales), case.tensors["tok.rect_recon"])
+    assert_same_image(tokenizer.decode_scales(ids, scales)[-1], case.tensors["tok.rect_recon"])
+    assert tokenizer.decode_scales(ids, scales, progressive=True)[2].shape == (1, 3, 32, 48)
 
 
 def test_patches_in_place_of_levels():
@@ -106,3 +111,52 @@ def test_patches_in_place_of_levels():
     assert ids.shape == (2, 21)
     assert tokenizer.decode(ids).shape == image.shape
     assert tokenizer.encoder.conv_in.in_channels == 48
+
+
+def _collapsed(codes_in_use: int = 2):
+    """A quantizer whose training drew only the first codes, and latents that it explains badly."""
+    torch.manual_seed(0)
+    model = MultiScaleVQModel(tokenizer_config(codebook_size=64))
+    quantizer = model.quantizer
+    quantizer.code_usage.zero_()
+    quantizer.code_usage[:, :codes_in_use] = 10.0
+    with torch.no_grad():
+        quantizer.embedding.weight[codes_in_use:] = 1e3  # far from every latent
+    return quantizer, torch.randn(32, 4, 4, 4)
+
+
+def test_dead_codes_are_revived_from_residuals():
+    quantizer, latents = _collapsed()
+    before = quantizer.embedding.weight.detach().clone()
+    revived = quantizer.revive_codes(latents)
+    assert revived.tolist() == list(range(2, 64))
+    assert torch.equal(quantizer.embedding.weight[:2], before[:2])
+    ids, feature_maps = quantizer.quantize(latents)
+    assert len(ids.unique()) > 32
+    error = (latents - feature_maps[-1]).square().mean()
+    assert error < 0.5 * latents.square().mean()
+    # A new code is left in peace until training has had time to draw it.
+    assert len(quantizer.revive_codes(latents)) == 0
+
+
+def test_codes_in_use_are_left_alone():
+    quantizer, latents = _collapsed(codes_in_use=64)
+    before = quantizer.embedding.weight.detach().clone()
+    assert len(quantizer.revive_codes(latents)) == 0
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+def test_few_latents_revive_few_codes():
+    quantizer, latents = _collapsed()
+    revived = quantizer.revive_codes(latents[:1])
+    assert 0 < len(revived) <= 1 + 4 + 16
+
+
+def test_training_without_the_quantizer():
+    model = MultiScaleVQModel(tokenizer_config())
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = model(pictures, quantize=False)
+    assert output.quantization_loss == 0 and output.loss == output.reconstruction_loss
+    assert torch.equal(output.reconstruction, model.decode_latents(model.encode_latents(pictures)))
+    output.loss.backward()
+    assert model.quantizer.embedding.weight.grad is None

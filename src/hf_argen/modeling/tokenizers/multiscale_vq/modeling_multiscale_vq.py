@@ -131,22 +131,50 @@ class MultiScaleVQModel(StrictPreTrainedModel):
             codes = self.quantizer.feature_maps(codes, self._grids(patch_nums))[-1]
         return self.decode_latents(codes).clamp(-1, 1)
 
+    def decode_scales(
+        self, ids: torch.Tensor, patch_nums: list | None = None, progressive: bool = False
+    ) -> list[torch.Tensor]:
+        """
+        What the picture looks like after each scale, from ids (batch, tokens).
+
+        Args:
+            patch_nums: scales of the ids, as in `encode`.
+            progressive: pictures of the scales' own sizes, from a sum that is enlarged from scale to scale, in place
+                of pictures of full size. The tokenizer was not trained for it; it gives small previews.
+
+        Returns:
+            A picture (batch, channels, H, W) in [-1, 1] per scale.
+
+        Raises:
+            ValueError: ids outside the codebook or of the wrong number.
+        """
+        maps = self.quantizer.feature_maps(ids, self._grids(patch_nums), progressive)
+        return [self.decode(feature_map) for feature_map in maps]
+
     def reconstruct(self, pixel_values: torch.Tensor, patch_nums: list | None = None) -> torch.Tensor:
         """`decode(encode(pixel_values))`: what remains of the picture after tokenization, in [-1, 1]."""
         return self.decode(self.encode(pixel_values, patch_nums), patch_nums)
 
     def forward(
-        self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        quantize: bool = True,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
     ) -> MultiScaleVQOutput | tuple:
         """
         Training pass: reconstruction through the quantizer with straight-through gradients.
 
         Args:
             pixel_values: (batch, channels, H, W) in [-1, 1].
+            quantize: `False` leaves the quantizer out (its loss is 0): the autoencoder alone, to start a training
+                with latents that are worth a codebook.
             return_loss: also compute the losses.
         """
         latents = self.encode_latents(pixel_values)
-        feature_map, quantization_loss = self.quantizer(latents.float())
+        feature_map, quantization_loss = latents.float(), latents.new_zeros((), dtype=torch.float32)
+        if quantize:
+            feature_map, quantization_loss = self.quantizer(feature_map)
         reconstruction = self.decode_latents(feature_map)
         loss = reconstruction_loss = None
         if return_loss:

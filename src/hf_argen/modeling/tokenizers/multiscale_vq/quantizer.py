@@ -83,11 +83,16 @@ class MultiScaleQuantizer(nn.Module):
         distances.addmm_(vectors, codebook.T, alpha=-2, beta=1)
         return torch.argmin(distances, dim=1)
 
+    @staticmethod
+    def _vectors(residual: torch.Tensor, size: Grid, is_last: bool) -> torch.Tensor:
+        """The cells (batch * h * w, channels) of a residual, averaged down to the grid of a scale."""
+        pooled = residual if is_last else F.interpolate(residual, size=size, mode="area")
+        return pooled.permute(0, 2, 3, 1).reshape(-1, residual.shape[1])
+
     def _scale_ids(
         self, residual: torch.Tensor, size: Grid, is_last: bool, codebook: torch.Tensor
     ) -> torch.Tensor:
-        pooled = residual if is_last else F.interpolate(residual, size=size, mode="area")
-        vectors = pooled.permute(0, 2, 3, 1).reshape(-1, residual.shape[1])
+        vectors = self._vectors(residual, size, is_last)
         return self.nearest_codes(vectors, codebook).view(residual.shape[0], -1)
 
     @torch.no_grad()
@@ -212,6 +217,40 @@ class MultiScaleQuantizer(nn.Module):
         usage = self.code_usage[step]
         is_first = (usage.sum() == 0).float()
         usage.lerp_(hits.to(usage.dtype), is_first + (1 - is_first) * 0.01)
+
+    @torch.no_grad()
+    def revive_codes(self, latents: torch.Tensor, min_share: float = 0.1) -> torch.LongTensor:
+        """
+        Replaces codes that training hardly draws by residuals of a batch, as many from each scale as the square root
+        of its cells asks for (random restarts, arXiv 2005.00341).
+
+        Args:
+            latents: (batch, channels, h, w) of training pictures.
+            min_share: a code is dead if it is drawn less than this share of what equal use of all codes would give.
+
+        Returns:
+            Indices (n,) of the replaced codes; the optimizer's moments for these rows of `embedding` are stale.
+        """
+        drawn = self.code_usage.float().sum(dim=1)
+        floor = min_share * drawn.sum() / self.config.codebook_size
+        dead = (self.code_usage.sum(dim=0) <= floor).nonzero().flatten()
+        if len(dead) == 0:
+            return dead
+        grids = self.config.grid_sizes
+        shares = torch.tensor([height * width for height, width in grids]).sqrt()
+        wanted = (shares / shares.sum() * len(dead)).ceil().long().tolist()
+        explained = [0.0, *self.quantize(latents)[1][:-1]]
+        pool = []
+        for step, (size, count) in enumerate(zip(grids, wanted, strict=True)):
+            vectors = self._vectors(latents.float() - explained[step], size, step == len(grids) - 1)
+            pool.append(vectors[torch.randperm(len(vectors))[:count].to(vectors.device)])
+        pool = torch.cat(pool)
+        pool = pool[torch.randperm(len(pool))[: len(dead)].to(pool.device)]
+        dead = dead[: len(pool)]
+        self.embedding.weight[dead] = pool.to(self.embedding.weight.dtype)
+        # Twice the floor: a new code has some time to be drawn before it counts as dead again.
+        self.code_usage[:, dead] = (2 * floor * drawn / drawn.sum().clamp(min=1e-9))[:, None]
+        return dead
 
     def usage_percent(self, batch_cells: int) -> list[float]:
         """

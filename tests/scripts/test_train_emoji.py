@@ -1,0 +1,114 @@
+"""The training script of the shipped model, on a few emoji."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, TrainerCallback, pipeline
+
+from hf_argen import AutoModelForImageGeneration
+from hf_argen.data.emoji import EmojiSet
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+COUNT = 16
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import train_emoji
+
+        yield train_emoji
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in ("train_emoji", "evaluate_emoji"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> EmojiSet:
+    whole = EmojiSet.load(64)
+    return EmojiSet(
+        whole.emoji[:COUNT], whole.images[:COUNT], whole.train[:COUNT], whole.held_out[:COUNT], whole.font
+    )
+
+
+def options(folder: Path) -> argparse.Namespace:
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    # Every step is a checkpoint, so that a kill can come anywhere.
+    return argparse.Namespace(output=folder, sheets=folder / "sheets", seed=0, save_minutes=0.0)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:  # in the middle of an epoch
+            raise KilledError
+
+
+@pytest.fixture
+def killing(script, monkeypatch):
+    """Switches the kill on and off."""
+    original = script.PeriodicCallback
+
+    def switch(on: bool) -> None:
+        class Both(original, Kill):
+            pass
+
+        monkeypatch.setattr(script, "PeriodicCallback", Both if on else original)
+
+    return switch
+
+
+def train(script, emoji, folder: Path):
+    chosen = options(folder)
+    stage = replace(script.TOKENIZER_STAGE, epochs=2, batch_size=8, warmup_steps=2)
+    tokenizer = script.train_tokenizer(emoji, stage, chosen)
+    stage = replace(script.VAR_STAGE, epochs=2, batch_size=8, warmup_steps=2)
+    return script.train_var(emoji, tokenizer, stage, chosen)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.float() for name, value in model.state_dict().items()}
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(script, emoji, killing, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:2])
+    unbroken, _ = train(script, emoji, tmp_path / "unbroken")
+    for _ in range(2):  # once in each stage
+        killing(True)
+        with pytest.raises(KilledError):
+            train(script, emoji, tmp_path / "killed")
+        killing(False)
+        if not (tmp_path / "killed" / "tokenizer").is_dir():
+            chosen = options(tmp_path / "killed")
+            stage = replace(script.TOKENIZER_STAGE, epochs=2, batch_size=8, warmup_steps=2)
+            script.train_tokenizer(emoji, stage, chosen)
+    resumed, processor = train(script, emoji, tmp_path / "killed")
+    expected, found = weights(unbroken), weights(resumed)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert different == []
+
+    folder = tmp_path / "model"
+    script.save(folder, resumed.to(torch.bfloat16), processor, card="---\nlicense: apache-2.0\n---\n")
+    assert sorted(tmp_path.glob("*.partial")) == []
+    assert AutoProcessor.from_pretrained(folder).image_size == (64, 64)
+    again = AutoModelForImageGeneration.from_pretrained(folder)
+    assert again.generation_config.guidance_scale == script.SAMPLING["guidance_scale"]
+    assert pipeline("text-to-image", str(folder))("red apple", seed=0)["image"].size == (64, 64)
+    assert len(list((tmp_path / "unbroken" / "sheets").glob("*.png"))) > 0
+
+
+def test_the_card_names_the_licences(script):
+    yardstick = sys.modules["evaluate_emoji"].Yardstick(0.75, 0.5, 25.4, (300, 300))
+    card = script.model_card(yardstick, 7_000_000)
+    for part in ("OFL-1.1", "fonts-noto-color-emoji", "75.0%", "50.0%", "25.40 dB", "license: apache-2.0"):
+        assert part in card
