@@ -82,7 +82,11 @@ def originals(tmp_path_factory):
         {key: tensor.contiguous() for key, tensor in transformer.items()},
         folder / "hub-var-d16" / "model.safetensors",
     )
-    arguments = {"num_heads": 2, "attn_l2_norm": True, "vae_kwargs": {"share_quant_resi": 4, "test_mode": True}}
+    arguments = {
+        "num_heads": 2,
+        "attn_l2_norm": True,
+        "vae_kwargs": {"share_quant_resi": 4, "test_mode": True},
+    }
     (folder / "hub-var-d16" / "config.json").write_text(json.dumps(arguments))
     nested = {"epoch": 1, "trainer": {"var_wo_ddp": transformer, "vae_local": vae}}
     torch.save(nested, folder / "ar-ckpt-best.pth")
