@@ -97,7 +97,7 @@ class DrawRequest:
         if decoding is None:
             name = getattr(model, "default_decoding", model.predictor_class.default_decoding)
             decoding = available()[name]()
-        stored = decoding.to_dict()
+        stored = (decoding if given is not None else decoding.under(self.options())).to_dict()
 
         def or_own(value: Any, name: str) -> Any:
             return getattr(config, name, None) if value is None else value
