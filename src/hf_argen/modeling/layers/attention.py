@@ -31,6 +31,11 @@ def attention_function(implementation: str) -> Callable:
     return eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
 
 
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Of a parameter with one value per head, those of the heads on this device; under tensor parallelism it is split."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def block_index(lengths: list[int], device: torch.device) -> torch.Tensor:
     """Index of the block that each token belongs to, (sum(lengths),) int64."""
     blocks = torch.arange(len(lengths), device=device)

@@ -106,6 +106,21 @@ class VarConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
             )
         super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers splits the modules of [`VarModel`] over devices; attention is split by heads."""
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+        plan |= {
+            "layers.*.self_attn.o_proj": "rowwise",
+            "layers.*.mlp.fc1": "colwise",
+            "layers.*.mlp.fc2": "rowwise",
+        }
+        if self.use_qk_norm:
+            plan["layers.*.self_attn.logit_scale"] = "colwise"
+        if self.shared_adaln:
+            return plan | {"shared_modulation.linear": "colwise_gather_output"}
+        return plan | {"layers.*.modulation.linear": "colwise_gather_output"}
 
     def _complete_from_tokenizer(self) -> None:
         tokenizer = self.image_tokenizer_config

@@ -17,7 +17,7 @@ from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_scale import NextScalePredictor
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import attention_function, block_causal_mask, block_index
+from ..layers.attention import attention_function, block_causal_mask, block_index, local_part
 from ..layers.drop_path import DropPath
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
@@ -73,7 +73,8 @@ class VarAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.use_qk_norm:
-            factor = self.logit_scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
+            scale = local_part(self.logit_scale)
+            factor = scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
             query = F.normalize(query, dim=-1) * factor
             key = F.normalize(key, dim=-1)
         if past_key_values is not None:
@@ -326,6 +327,7 @@ class VarForImageGeneration(ImageModelMixin, VarPreTrainedModel, ImageGeneration
 
     predictor_class = NextScalePredictor
     default_guidance_schedule = "linear"
+    _tp_plan = {"head.out_proj": "colwise_gather_output"}
 
     def __init__(self, config: VarConfig):
         super().__init__(config)
