@@ -76,8 +76,13 @@ def warped(logits: list[float], temperature=1.0, top_k=0, top_p=1.0) -> list[flo
 
 
 @torch.no_grad()
-def by_brute_force(model, label: int, guidance_scale=0.0, **options) -> dict[tuple[int, ...], float]:
-    """Probability of every picture, from teacher-forced passes over all of them."""
+def by_brute_force(
+    model, label: int, drawn_scales=(0, 1), guidance_scale=0.0, **options
+) -> dict[tuple[int, ...], float]:
+    """
+    Probability of every picture, from teacher-forced passes over all of them; with `drawn_scales`, of these scales
+    given those before them.
+    """
     vocab, tokens = model.config.vocab_size, sum(model.config.scale_lengths)
     pictures = torch.tensor(list(itertools.product(range(vocab), repeat=tokens)))
     conditional, unconditional = (
@@ -91,8 +96,9 @@ def by_brute_force(model, label: int, guidance_scale=0.0, **options) -> dict[tup
     probabilities = {}
     for picture, rows in zip(pictures.tolist(), logits.tolist(), strict=True):
         probability = 1.0
-        for token, row in zip(picture, rows, strict=True):
-            probability *= warped(row, **options)[token]
+        for token, row, scale in zip(picture, rows, scales, strict=True):
+            if scale in drawn_scales:
+                probability *= warped(row, **options)[token]
         probabilities[tuple(picture)] = probability
     return probabilities
 
@@ -117,18 +123,42 @@ def test_next_scale_samples_the_guided_model(name):
         assert_same_distribution(found, uniform, tolerance=0.02)
 
 
-def test_rows_of_a_batch_are_independent():
-    """The joint distribution of two rows is the product of theirs."""
+@pytest.mark.parametrize("name, codes", [("guidance", 2), ("all", 3)])
+def test_rows_of_a_batch_are_independent(name, codes):
+    """The joint distribution of two rows is the product of theirs, also where one has fewer possible pictures."""
     torch.manual_seed(3)
-    model = tiny_var(image_tokenizer_config=tokenizer_config(codebook_size=2, patch_nums=[1, [1, 2]]))
+    model = tiny_var(image_tokenizer_config=tokenizer_config(codebook_size=codes, patch_nums=[1, [1, 2]]))
 
     def run():
-        ids = model.generate([0, 3], do_sample=True, guidance_scale=1.5)
+        ids = model.generate([0, 3], do_sample=True, **OPTIONS[name])
         return tuple(map(tuple, ids.tolist()))
 
-    first, second = (by_brute_force(model, label, guidance_scale=1.5) for label in (0, 3))
+    first, second = (
+        {ids: weight for ids, weight in by_brute_force(model, label, **OPTIONS[name]).items() if weight > 0}
+        for label in (0, 3)
+    )
+    assert (len(first) != len(second)) == (name == "all")
     expected = {(a, b): p * q for a, p in first.items() for b, q in second.items()}
     assert_same_distribution(Enumerator().distribution(run), expected)
+
+
+@pytest.mark.parametrize("name", ["guidance", "all"])
+def test_code_samples_the_drafter_then_the_refiner(name):
+    """Its bound: the first `draft_scales` scales follow the large model exactly, the others the small one given them."""
+    torch.manual_seed(3)
+    model = tiny_code(image_tokenizer_config=three_codes(), condition_dropout=0.0)
+
+    def run(decoding):
+        ids = model.generate([2], do_sample=True, decoding=decoding, **OPTIONS[name])
+        return tuple(ids[0].tolist())
+
+    found = Enumerator().distribution(lambda: run(CollaborativeNextScale(draft_scales=1)))
+    drafted = by_brute_force(model, 2, drawn_scales=(0,), **OPTIONS[name])
+    refined = by_brute_force(model.refiner, 2, drawn_scales=(1,), **OPTIONS[name])
+    expected = {picture: drafted[picture] * refined[picture] for picture in drafted}
+    assert_same_distribution(found, expected)
+    with pytest.raises(AssertionError):
+        assert_same_distribution(found, Enumerator().distribution(lambda: run("next_scale")), tolerance=0.01)
 
 
 def test_drawn_classes_are_uniform():

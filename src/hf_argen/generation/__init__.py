@@ -13,7 +13,8 @@ def generate(model: Any, decoding: Decoding | dict[str, Any] | str | None = None
 
     Args:
         model: a model of this package, or a language model of transformers.
-        decoding: instance, name or stored dict; default: what `model.generation_config` stores, else plain decoding.
+        decoding: instance, name or stored dict; default: what `generation_config=` or `model.generation_config`
+            stores, else plain decoding.
         inputs: everything that the model's own `generate` takes.
 
     Returns:
@@ -21,15 +22,17 @@ def generate(model: Any, decoding: Decoding | dict[str, Any] | str | None = None
 
     Raises:
         ValueError: the decoding does not fit the model; the message lists those that do.
+        TypeError: `model` does not generate.
     """
     from .decoding import resolve
 
+    if getattr(model, "generation_config", None) is None:
+        raise TypeError(f"{type(model).__name__} does not generate; give a model with generate().")
     if hasattr(model, "predictor_class"):
         return model.generate(decoding=decoding, **inputs)
-    chosen = resolve(decoding) if decoding is not None else Decoding.from_config(model.generation_config)
-    if chosen is None:
+    if decoding is None:
+        configs = (inputs.get("generation_config"), model.generation_config)
+        decoding = next((stored for config in configs if (stored := Decoding.from_config(config))), None)
+    if decoding is None:
         return model.generate(**inputs)
-    fitting = ", ".join(compatible_decodings(model)) or "none of ours"
-    raise ValueError(
-        f"{type(model).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}."
-    )
+    return resolve(decoding)(model, **inputs)

@@ -175,18 +175,14 @@ class ImageGenerationMixin(GenerationMixin):
         return Guidance(config.guidance_scale or 0.0, schedule)
 
     def _choose_decoding(self, decoding: Any, config: GenerationConfig) -> Decoding:
-        from .decoding import available, compatible_decodings
+        from .decoding import available
 
         if decoding is not None:
             chosen = resolve(decoding)
         else:
             default = getattr(self, "default_decoding", self.predictor_class.default_decoding)
             chosen = Decoding.from_config(config) or available()[default]()
-        if not chosen.fits(self):
-            fitting = ", ".join(compatible_decodings(self))
-            raise ValueError(
-                f"{type(self).__name__} cannot be decoded by {chosen.type_name()!r}; it can by {fitting}."
-            )
+        chosen.check_fits(self)
         return chosen
 
     def _pack(self, result: DecodingResult, inputs: dict[str, Any], config: GenerationConfig) -> Any:

@@ -96,6 +96,17 @@ class Decoding(ABC):
     def run(self, request: Request) -> DecodingResult:
         """Serves one request."""
 
+    def __call__(self, model: Any, *args: Any, **inputs: Any) -> Any:
+        """
+        Serves a call of `generate` of a language model of transformers, which passes `custom_generate=` here. Models
+        of this package take `decoding=` instead.
+
+        Raises:
+            ValueError: the decoding does not fit the model; one that fits language models overrides this.
+        """
+        self.check_fits(model)
+        raise ValueError(f"{self.type_name()!r} goes to generate() of {type(model).__name__} as decoding=.")
+
     @classmethod
     def type_name(cls) -> str:
         """The name under which the decoding is asked for and stored: the class name in snake case."""
@@ -110,6 +121,16 @@ class Decoding(ABC):
     def under(self, options: dict[str, Any]) -> Self:
         """This decoding, which a model has stored, for a call that names `options` of its own; these come first."""
         return self
+
+    def check_fits(self, model: Any) -> None:
+        """Refuses a model that cannot be decoded this way, with a list of the decodings that fit it."""
+        from . import compatible_decodings
+
+        if not self.fits(model):
+            fitting = ", ".join(compatible_decodings(model)) or "none of ours"
+            raise ValueError(
+                f"{type(model).__name__} cannot be decoded by {self.type_name()!r}; it can by {fitting}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The stored form: the type and those options that differ from their defaults; plain JSON values."""
@@ -145,7 +166,7 @@ class Decoding(ABC):
         return decoding_class(**options)
 
     @classmethod
-    def from_config(cls, generation_config: GenerationConfig) -> Self | None:
+    def from_config(cls, generation_config: GenerationConfig | None) -> Self | None:
         """The decoding stored in a generation configuration, or `None`."""
         stored = getattr(generation_config, "decoding", None)
         return None if stored is None else resolve(stored)

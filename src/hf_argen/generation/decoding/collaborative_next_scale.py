@@ -99,8 +99,9 @@ class CollaborativeNextScale(NextScale):
         The authors' refiner starts from the drafter's seed and draws for the drafted scales too, then drops those
         draws; to agree with it seed by seed, so do we. Noise does not depend on the distribution drawn from.
         """
+        batch, _, vocab = logits.shape
         for length in refiner.scale_lengths[: refiner.step]:
-            categorical(logits.new_ones(logits.shape[0], length, logits.shape[2]), generator)
+            categorical(logits.new_full((batch, length, vocab), 1 / vocab), generator)
 
     def _stored(self, name: str, value: Any) -> Any:
         if name == "refiner" and not isinstance(value, str):

@@ -61,18 +61,20 @@ class NextScale(Decoding):
     def __post_init__(self):
         if self.edit_mode not in ("tokens", "features"):
             raise ValueError(f"edit_mode is {self.edit_mode!r}; it must be 'tokens' or 'features'.")
-        self._check_values("top_k", "whole numbers, 0 or above", Integral, lambda value: value >= 0)
-        self._check_values("temperature", "numbers above 0", Real, lambda value: value > 0)
+        self.top_k = self._checked("top_k", "whole numbers, 0 or above", Integral, lambda value: value >= 0)
+        self.temperature = self._checked("temperature", "numbers above 0", Real, lambda value: value > 0)
 
-    def _check_values(self, name: str, rule: str, kind: type, holds: Callable[[Any], bool]) -> None:
+    def _checked(self, name: str, rule: str, kind: type, holds: Callable[[Any], bool]) -> list | None:
+        """The values per scale as plain numbers, which JSON can store."""
         values = getattr(self, name)
         if values is None:
-            return
+            return None
         if not isinstance(values, list | tuple):
             raise ValueError(f"{name} is {values!r}; give a list with one value per scale.")
         for value in values:
             if not (isinstance(value, kind) and holds(value)):
                 raise ValueError(f"{name} holds {value!r}; its values must be {rule}.")
+        return [int(value) if kind is Integral else float(value) for value in values]
 
     def under(self, options: dict[str, Any]) -> Self:
         own = [name for name in ("top_k", "temperature") if options.get(name) is not None]
