@@ -160,8 +160,9 @@ def test_version_and_help(capsys):
         assert "convert" in capsys.readouterr().out
 
 
-def test_module_runs_as_a_program(tmp_path):
-    command = [sys.executable, "-m", "hf_argen.cli", "convert", "vra", str(tmp_path / "out")]
+@pytest.mark.parametrize("module", ["hf_argen", "hf_argen.cli"])
+def test_module_runs_as_a_program(tmp_path, module):
+    command = [sys.executable, "-m", module, "convert", "vra", str(tmp_path / "out")]
     environment = {**os.environ, "NO_COLOR": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ended.returncode == 2

@@ -4,6 +4,12 @@ from pathlib import Path
 from typing import NoReturn
 
 DEFAULT_MODEL = Path(__file__).parent / "emoji-var"
+DEFAULT_NAME = "hf_argen/emoji-var"  # what it is called in records; no folder of a user goes by it
+
+
+def has_default_model() -> bool:
+    """Whether this installation holds the model."""
+    return (DEFAULT_MODEL / "config.json").is_file()
 
 
 def default_model() -> Path:
@@ -13,7 +19,7 @@ def default_model() -> Path:
     Raises:
         ValueError: this installation has none.
     """
-    if not (DEFAULT_MODEL / "config.json").is_file():
+    if not has_default_model():
         raise ValueError(
             "This installation of hf_argen has no model of its own; name one: --model on the command line, "
             "model= in Python."

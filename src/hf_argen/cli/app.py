@@ -80,7 +80,7 @@ def _generate(
         typer.Option("--class", metavar="NAME_OR_ID", help="For models that draw classes; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("-o", "--out", help="File (.png .jpg .webp .gif), or without suffix a folder of PNGs."),
     ] = None,
     seed: Annotated[
@@ -120,6 +120,10 @@ def _generate(
     request = DrawRequest() if again is None else request_behind(again)
     if prompts or classes:
         request.prompts, request.classes = prompts or [], classes or []
+    if prompts or classes or count is not None or seed is not None:
+        request.company = None  # these are other pictures than that one
+    if model is not None:
+        request.weights = None
     given = {
         "model": model,
         "count": count,
@@ -131,11 +135,12 @@ def _generate(
         "decoding": decoding,
         "dtype": dtype,
         "quantize": quantize,
+        "device": device,
     }
     for name, value in given.items():
         if value is not None:
             setattr(request, name, value)
-    generate_command(request, out, animate, device)
+    generate_command(request, out, animate)
 
 
 @app.command("info")
@@ -176,9 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return typer.main.get_command(app).main(arguments, prog_name="argen", standalone_mode=False) or 0
     except typer.Abort as error:
         return _fail(str(error) or "interrupted", 130)
-    except typer.TyperException as error:
-        return _fail(error.format_message(), BAD_INPUT)
     except Exception as error:
+        if hasattr(error, "format_message"):  # of typer, whose class has another name in every few versions
+            return _fail(error.format_message(), BAD_INPUT)
         if os.environ.get("ARGEN_DEBUG") == "1":
             raise
         # Bad input reaches us as a ValueError, what the system refuses (disk, memory) as anything else.

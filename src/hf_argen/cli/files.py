@@ -14,6 +14,10 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gi
 RECORD = "argen"  # name of the entry
 EXIF_DESCRIPTION = 0x010E
 MAX_NAME = 40
+MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "GIF": 65_535}  # in pixels
+MAX_PIXELS = 89_000_000  # above it PIL takes a picture for an attack and does not open it
+MAX_ANIMATED_PIXELS = 30_000_000
+MAX_JPEG_RECORD = 65_000  # in bytes
 
 
 def check_out(out: Path, is_folder: bool) -> None:
@@ -23,25 +27,55 @@ def check_out(out: Path, is_folder: bool) -> None:
     Raises:
         ValueError: it cannot.
     """
-    folder = out if is_folder else out.parent
-    parent = out.parent
-    if not parent.is_dir():
-        raise ValueError(f"The folder {parent} does not exist; make it first, or give another output.")
-    if not is_folder and out.is_dir():
-        raise ValueError(f"{out} is a folder; give a file, or a name without suffix for a folder of PNGs.")
-    if is_folder and out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file without suffix; give one of {', '.join(FORMATS)}, or a folder.")
-    probe = (parent if is_folder and not out.exists() else folder) / f".argen-{os.getpid()}.part"
     try:
+        _check_place(out, is_folder)
+        probe = (out if is_folder and out.exists() else out.parent) / f".{os.getpid()}.part"
         probe.touch()
         probe.unlink()
+        if not is_folder:
+            with contextlib.suppress(FileNotFoundError):
+                _temporary(out).stat()
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror}); give another output.") from error
 
 
+def _check_place(out: Path, is_folder: bool) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"The folder {out.parent} does not exist; make it first, or give another output.")
+    if not is_folder and out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file, or a name without suffix for a folder of PNGs.")
+    if is_folder and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file without suffix; give one of {', '.join(FORMATS)}, or a folder.")
+
+
+def check_sheet(path: Path, size: tuple[int, int], record: dict[str, Any], is_animated: bool) -> None:
+    """
+    Finds out before any work whether a sheet of `size` (width, height) with its record fits its format.
+
+    Raises:
+        ValueError: it does not.
+    """
+    image_format = FORMATS[path.suffix.lower()]
+    width, height = size
+    pixels = MAX_ANIMATED_PIXELS if is_animated else MAX_PIXELS
+    if max(size) > MAX_SIDE.get(image_format, pixels) or width * height > pixels:
+        kind = f"an animated {path.suffix}" if is_animated else f"a {path.suffix}"
+        raise ValueError(
+            f"A sheet of {width}x{height} pixels is too large for {kind} file; draw fewer pictures, or give a name "
+            "without suffix for a folder of PNGs."
+        )
+    if image_format == "JPEG" and len(json.dumps(record)) > MAX_JPEG_RECORD:
+        raise ValueError(f"{path} cannot hold so many prompts in its record; give a .png file.")
+
+
+def _temporary(path: Path) -> Path:
+    """Beside `path`, not seen by others."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def write_whole(path: Path, save: Callable[[Path], None]) -> None:
     """Calls `save` with a temporary path and renames the result, so that `path` is complete or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary(path)
     try:
         save(temporary)
         temporary.replace(path)
@@ -62,9 +96,8 @@ def write_picture(path: Path, picture: Image.Image, record: dict[str, Any]) -> N
         info = PngImagePlugin.PngInfo()
         info.add_text("Software", f"hf_argen {record['version']}")
         for name, value in record.items():
-            plain = "; ".join(value) if isinstance(value, list) else str(value)
-            if name != "version" and value not in (None, []):
-                info.add_itxt(name, plain)
+            if name != "version" and not isinstance(value, dict):
+                info.add_itxt(name, "; ".join(value) if isinstance(value, list) else str(value))
         info.add_itxt(RECORD, text)
         options["pnginfo"] = info
     elif image_format != "GIF":
@@ -106,7 +139,7 @@ def read_record(path: Path) -> dict[str, Any]:
             picture.load()
             text = picture.info.get(RECORD) or picture.getexif().get(EXIF_DESCRIPTION)
             text = text or picture.info.get("comment")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read.") from error
     record = None
     with contextlib.suppress(ValueError, TypeError):

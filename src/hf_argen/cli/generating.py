@@ -1,8 +1,11 @@
 """`argen generate`."""
 
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from transformers.generation import BaseStreamer
 from .files import (
     FORMATS,
     check_out,
+    check_sheet,
     file_names,
     free_name,
     read_record,
@@ -21,11 +25,10 @@ from .files import (
     write_animation,
     write_picture,
 )
-from .opening import open_pipeline
+from .opening import fingerprint, open_pipeline
 from .request import DrawRequest
-from .sheets import contact_sheet, enlarged
+from .sheets import columns_for, contact_sheet, enlarged, sheet_size
 
-BATCH = 8
 EXAMPLE = {"text": "argen generate 'red apple'", "class": "argen generate --class volcano"}
 
 
@@ -73,9 +76,7 @@ class StateStreamer(BaseStreamer):
         """Nothing is held back."""
 
 
-def generate_command(
-    request: DrawRequest, out: Path | None, animate: bool = False, device: str | None = None
-) -> None:
+def generate_command(request: DrawRequest, out: str | None, animate: bool = False) -> None:
     """
     Draws and writes; files appear whole or not at all.
 
@@ -83,7 +84,6 @@ def generate_command(
         request: what to draw.
         out: a file, or without suffix a folder of PNGs; default: a new PNG in the present folder.
         animate: also (or for `.gif`: only) a GIF of the pictures as they form.
-        device: default: a GPU if there is one.
 
     Raises:
         ValueError: bad input.
@@ -92,24 +92,25 @@ def generate_command(
     start = time.perf_counter()
     request.check()
     target = _target(request, out, animate)
-    draw = open_pipeline(request.model, request.dtype, request.quantize, device)
-    _check_kind(request, draw.condition_type)
-    request = request.resolved(draw.model)
     drawn = Drawn()
-    names = [] if not target.is_folder else file_names(*zip(*request.pictures(), strict=True))
     try:
-        with _progress(len(request.pictures())) as advance:
-            for batch in _draw(draw, request, target.animate):
-                if target.is_folder:
-                    _write_batch(target.out, names, request, batch, drawn)
-                else:
-                    drawn.pictures += batch.pictures
-                    drawn.states += batch.states
-                advance(len(batch.pictures))
-        if not target.is_folder:
-            _write_sheet(target, request, drawn)
+        with _warnings_as_notes():
+            draw = open_pipeline(request.model, request.dtype, request.quantize, request.device)
+            request = _fitted(request, draw, target)
+            names = file_names(*zip(*request.pictures(), strict=True))
+            with _progress(len(request.pictures())) as advance:
+                for batch in _draw(draw, request, target.animate):
+                    if target.is_folder:
+                        _write_batch(target.out, names, request, batch, drawn)
+                    else:
+                        drawn.pictures += batch.pictures
+                        drawn.states += batch.states
+                    advance(len(batch.pictures))
+            if not target.is_folder:
+                _write_sheet(target, request, drawn)
     except KeyboardInterrupt as error:
-        kept = f"; {len(drawn.pictures)} pictures are in {target.out}" if target.is_folder else ""
+        count = len(drawn.pictures) if target.is_folder else 0
+        kept = f"; {_counted(count)} {'is' if count == 1 else 'are'} in {target.out}" if count else ""
         raise Interrupted(f"interrupted{kept}") from error
     _report(target, request, len(drawn.pictures), time.perf_counter() - start)
 
@@ -121,21 +122,44 @@ def again(picture: Path) -> DrawRequest:
     return DrawRequest.from_record(read_record(picture))
 
 
-def _target(request: DrawRequest, out: Path | None, animate: bool) -> Target:
+def _target(request: DrawRequest, out: str | None, animate: bool) -> Target:
     """Decides and checks where things go, before any work."""
     if out is None:
-        out = free_name(slug((request.prompts or request.classes)[0]), ".png")
-    suffix = out.suffix.lower()
-    is_folder = not suffix or (out.is_dir() and suffix not in FORMATS)
-    if not is_folder and suffix not in FORMATS:
-        raise ValueError(
-            f"{out} has an unknown suffix; give one of {', '.join(FORMATS)}, or none for a folder."
-        )
-    target = Target(out, is_folder, animate or suffix == ".gif")
-    check_out(out, is_folder)
+        path, is_folder = free_name(slug((request.prompts or request.classes)[0]), ".png"), False
+    elif not out.strip() or out in FORMATS:
+        raise ValueError(f"-o is {out!r}; give the name of a file or folder.")
+    else:
+        path = Path(out).expanduser()
+        suffix = path.suffix.lower()
+        is_folder = not suffix or out.endswith(os.sep) or (suffix not in FORMATS and os.path.isdir(path))
+        if not is_folder and suffix not in FORMATS:
+            raise ValueError(
+                f"{out} has an unknown suffix; give one of {', '.join(FORMATS)}, or none for a folder."
+            )
+    target = Target(path, is_folder, animate or path.suffix.lower() == ".gif")
+    check_out(path, is_folder)
     if target.animation is not None:
         check_out(target.animation, False)
     return target
+
+
+def _fitted(request: DrawRequest, draw: Any, target: Target) -> DrawRequest:
+    """The request with what the model fills in, once all that can be known before drawing is checked."""
+    _check_kind(request, draw.condition_type)
+    weights = fingerprint(request.model, draw.model.config)
+    if request.weights not in (None, weights):
+        raise ValueError(
+            f"{request.model} is not the model that drew the picture: its weights are others. Name the one to draw "
+            "with: --model"
+        )
+    request = request.resolved(draw.model, weights)
+    draw.check(request.prompts or request.classes)
+    count = len(request.pictures())
+    for path in filter(None, (target.picture, target.animation)):
+        height, width = draw.processor.image_size
+        size = (width, height) if count == 1 else sheet_size(count, _columns(request), (width, height))
+        check_sheet(path, size, request.record(), path == target.animation)
+    return request
 
 
 def _check_kind(request: DrawRequest, kind: str) -> None:
@@ -145,21 +169,25 @@ def _check_kind(request: DrawRequest, kind: str) -> None:
 
 
 def _draw(draw: Any, request: DrawRequest, with_states: bool) -> Iterator[Drawn]:
-    """Batches of pictures; every picture has a generator of its own, so that batches do not matter."""
+    """Batches of pictures, each with a generator of its own: what chance does depends on its seed alone."""
     import torch
 
-    all_pictures = request.pictures()
     options = {**request.options(), "do_sample": True}  # without chance a seed would mean nothing
-    for start in range(0, len(all_pictures), BATCH):
-        part = all_pictures[start : start + BATCH]
-        device = draw.model.input_device
-        generators = [torch.Generator(device).manual_seed(seed) for _, seed in part]
-        conditions = [text for text, _ in part]
+    for batch, wanted in request.batches():
+        generators = [torch.Generator(draw.model.input_device).manual_seed(seed) for _, seed in batch]
         streamer = StateStreamer() if with_states else None
-        results = draw(conditions, generator=generators, streamer=streamer, batch_size=BATCH, **options)
-        pictures = [result["image"] for result in results]
-        states = [draw.processor.postprocess(step) for step in streamer.steps] if streamer else []
-        yield Drawn(pictures, [list(one) for one in zip(*states, strict=True)] or [[one] for one in pictures])
+        results = draw(
+            [text for text, _ in batch],
+            generator=generators,
+            streamer=streamer,
+            batch_size=len(batch),
+            **options,
+        )
+        steps = [draw.processor.postprocess(step) for step in streamer.steps] if streamer else []
+        yield Drawn(
+            pictures=[results[i]["image"] for i in wanted],
+            states=[[step[i] for step in steps] or [results[i]["image"]] for i in wanted],
+        )
 
 
 def _write_batch(
@@ -170,7 +198,7 @@ def _write_batch(
     for picture, states in zip(batch.pictures, batch.states, strict=True):
         index = len(written.pictures)
         path = folder / names[index]
-        record = request.one(*request.pictures()[index]).record()
+        record = request.one(index).record()
         write_picture(path, picture, record)
         if len(states) > 1:
             write_animation(path.with_suffix(".gif"), [enlarged(state) for state in states], record)
@@ -180,7 +208,7 @@ def _write_batch(
 def _write_sheet(target: Target, request: DrawRequest, drawn: Drawn) -> None:
     """One picture as it is, several as a sheet; the animation likewise."""
     captions = [text if request.count == 1 else f"{text} · {seed}" for text, seed in request.pictures()]
-    columns = request.count if len(request.prompts or request.classes) > 1 and request.count > 1 else None
+    columns = _columns(request)
     is_single = len(drawn.pictures) == 1
     if target.picture is not None:
         picture = drawn.pictures[0] if is_single else contact_sheet(drawn.pictures, captions, columns)
@@ -193,12 +221,33 @@ def _write_sheet(target: Target, request: DrawRequest, drawn: Drawn) -> None:
         write_animation(target.animation, frames, request.record())
 
 
+def _columns(request: DrawRequest) -> int:
+    return columns_for(len(request.prompts or request.classes), request.count)
+
+
 def _report(target: Target, request: DrawRequest, count: int, seconds: float) -> None:
-    files = dict.fromkeys(map(str, filter(None, (target.picture, target.animation)))) or {
-        str(target.out): None
-    }
-    what = "1 picture" if count == 1 else f"{count} pictures"
-    typer.echo(f"{' and '.join(files)}: {what}, seed {request.seed}, {seconds:.1f} s")
+    files = dict.fromkeys(map(str, filter(None, (target.picture, target.animation)))) or [str(target.out)]
+    typer.echo(f"{' and '.join(files)}: {_counted(count)}, seed {request.seed}, {seconds:.1f} s")
+
+
+def _counted(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """What Python would show with file and line becomes one line on stderr, once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        text = " ".join(str(message).split())
+        if issubclass(category, UserWarning) and text not in shown:
+            shown.add(text)
+            typer.echo(f"argen: note: {text}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 class _progress:  # noqa: N801 - used like a function

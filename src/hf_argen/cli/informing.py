@@ -2,13 +2,14 @@
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .files import FORMATS, read_record
-from .listing import guarantee, licence, measured
-from .opening import locate
+from .listing import conditions, guarantee, licence, licence_of, measured, picture_size
+from .opening import cannot_open, locate, quiet
 from .request import DrawRequest
 from .tables import print_facts
 
@@ -38,8 +39,10 @@ def _picture(path: Path) -> Iterator[tuple[str, str]]:
     record = read_record(path)
     request = DrawRequest.from_record(record)
     for name, value in record.items():
-        yield name, "; ".join(value) if isinstance(value, list) else str(value)
+        if not isinstance(value, dict):
+            yield name, "; ".join(value) if isinstance(value, list) else str(value)
     yield "command", request.command()
+    yield "again", shlex.join(["argen", "generate", "--again", str(path)])
 
 
 def _preset(family: Any, preset: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -62,9 +65,10 @@ def _model(place: str) -> Iterator[tuple[str, str]]:
     from ..auto import FAMILIES
 
     try:
-        config = AutoConfig.from_pretrained(place)
+        with quiet():
+            config = AutoConfig.from_pretrained(place)
     except (OSError, KeyError) as error:
-        raise ValueError(f"{place} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(cannot_open(place, error)) from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ValueError(
@@ -75,24 +79,21 @@ def _model(place: str) -> Iterator[tuple[str, str]]:
     yield "parameters", _parameters(place)
     yield from _sizes(config)
     yield "recipe", _recipe(_generation_config(place))
-    yield "licence", _licence_of(place)
+    yield "licence", licence_of(place)
     if family.generator is not None:
         yield "decodings", _decodings(family)
 
 
 def _sizes(config: Any) -> Iterator[tuple[str, str]]:
     """Tokens, scales and what the model draws from."""
-    tokenizer = getattr(config, "image_tokenizer_config", None) or config
     if grids := getattr(config, "grid_sizes", None):
-        factor = tokenizer.downsampling_factor
-        yield "picture", f"{grids[-1][1] * factor}x{grids[-1][0] * factor} pixels"
+        yield "picture", picture_size(config)
         yield "tokens", str(sum(height * width for height, width in grids))
         yield "scales", ", ".join(f"{height}x{width}" for height, width in grids)
     if codes := getattr(config, "vocab_size", None) or getattr(config, "codebook_size", None):
         yield "codes", str(codes)
-    kind = getattr(config, "condition_type", None)
-    if kind is not None:
-        yield "draws from", "prompts" if kind == "text" else f"{config.num_classes} classes"
+    if hasattr(config, "condition_type"):
+        yield "draws from", conditions(config)
 
 
 def _recipe(options: dict[str, Any]) -> str:
@@ -146,17 +147,3 @@ def _count(files: list[Path]) -> dict[str, int]:
             if name != "__metadata__":
                 counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
     return counts
-
-
-def _licence_of(place: str) -> str:
-    """From the model card."""
-    card = Path(place) / "README.md"
-    if not Path(place).is_dir() or not card.is_file():
-        return "not stated"
-    for line in card.read_text(encoding="utf-8").splitlines()[1:]:
-        if line.strip() == "---":
-            break
-        name, _, value = line.partition(":")
-        if name.strip() in ("license", "licence"):
-            return value.strip().strip("\"'")
-    return "not stated"

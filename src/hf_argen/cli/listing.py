@@ -1,10 +1,17 @@
 """`argen list`."""
 
+from pathlib import Path
+from typing import Any
+
 from .tables import print_table
 
 
 def list_command() -> None:
-    """Prints families with their files' roles, released checkpoints with their metrics, and decodings."""
+    """
+    Prints families with their files' roles, the model that comes with the package, released checkpoints with their
+    metrics, and decodings with their guarantees.
+    """
+    from ..assets import DEFAULT_MODEL, DEFAULT_NAME, has_default_model
     from ..auto import FAMILIES
     from ..generation.decoding import available
     from ..modeling.conversion import converter_of, load_presets
@@ -20,12 +27,52 @@ def list_command() -> None:
         (name, guarantee(cls), first_sentence(cls.__doc__ or "")) for name, cls in sorted(available().items())
     ]
     print_table("Families", ("name", "what it is", "files that argen convert takes"), families)
+    if has_default_model():
+        print_table(
+            "In this package (what argen generate uses without --model)",
+            ("name", "what it is", "licence of the weights"),
+            [(DEFAULT_NAME, own_model(DEFAULT_MODEL), licence_of(DEFAULT_MODEL))],
+        )
     print_table(
         "Released checkpoints (argen convert NAME OUT)",
         ("name", "what it is", "the authors' metric", "licence of the weights"),
         presets,
     )
     print_table("Decodings", ("name", "guarantee", "what it does"), decodings)
+
+
+def own_model(folder: Path) -> str:
+    """What a model folder holds, in a few words."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return f"{config.model_type}, draws {conditions(config)}, {picture_size(config)}"
+
+
+def conditions(config: Any) -> str:
+    """What a model draws from."""
+    return "prompts" if config.condition_type == "text" else f"{config.num_classes} classes"
+
+
+def picture_size(config: Any) -> str:
+    """The size of the pictures of a model or visual tokenizer."""
+    tokenizer = getattr(config, "image_tokenizer_config", None) or config
+    height, width = (side * tokenizer.downsampling_factor for side in config.grid_sizes[-1])
+    return f"{width}x{height} pixels"
+
+
+def licence_of(place: str | Path) -> str:
+    """The licence that the model card in a folder states."""
+    card = Path(place) / "README.md"
+    if not card.is_file():
+        return "not stated"
+    for line in card.read_text(encoding="utf-8").splitlines()[1:]:
+        if line.strip() == "---":
+            break
+        name, _, value = line.partition(":")
+        if name.strip() in ("license", "licence"):
+            return value.strip().strip("\"'")
+    return "not stated"
 
 
 def measured(preset: dict) -> str:

@@ -1,6 +1,7 @@
 """Opening the model that `--model` names."""
 
 import difflib
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
 QUANTIZATION_BLOCK = 64
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file of weights, for its fingerprint
+DIGITS = 12
 
 
 def open_pipeline(model: str | None, dtype: str, quantize: str | None, device: str | None) -> Any:
@@ -65,7 +68,7 @@ def _load(model: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any
         options = {"dtype": dtype} if quantize is None else _quantization(config, dtype, quantize)
         loaded = AutoModelForImageGeneration.from_pretrained(place, config=config, **options)
     except OSError as error:
-        raise ValueError(f"{place} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(cannot_open(place, error)) from error
     try:
         processor = AutoProcessor.from_pretrained(place)
     except OSError:  # saved without one; the pipeline makes one where that is possible
@@ -80,13 +83,15 @@ def locate(model: str | None) -> tuple[str, Any]:
     Raises:
         ValueError: a folder that does not exist or holds no model, or a name that is none of these.
     """
-    from ..assets import DEFAULT_MODEL, default_model
+    from ..assets import DEFAULT_MODEL, DEFAULT_NAME, default_model
     from ..auto import FAMILIES
     from ..convert import preset_named
     from ..modeling.conversion import load_presets
 
-    if model is None:
+    if model in (None, DEFAULT_NAME):
         return str(default_model()), None
+    if not model.strip():
+        raise ValueError("The name of the model is empty; give a folder, or a name that 'argen list' shows.")
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "config.json").is_file():
@@ -96,7 +101,7 @@ def locate(model: str | None) -> tuple[str, Any]:
         return str(default_model()), None
     if (preset := preset_named(model)) is not None:
         return model, preset
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.parent.is_dir():
         return model, None
     presets = [name for family in FAMILIES.values() for name in load_presets(family.package)]
     close = difflib.get_close_matches(model, presets, n=2)
@@ -104,6 +109,35 @@ def locate(model: str | None) -> tuple[str, Any]:
     raise ValueError(
         f"There is no folder and no released checkpoint {model!r}{hint}; 'argen list' shows the checkpoints."
     )
+
+
+def cannot_open(place: str, error: Exception) -> str:
+    """What to tell when transformers could not open a folder or repository."""
+    reason = str(error).strip().splitlines()[0]
+    if Path(place).exists():
+        return f"{place} cannot be opened: {reason}"
+    return f"There is no folder {place!r}, and as a repository of the Hub it cannot be opened: {reason}"
+
+
+def fingerprint(model: str | None, config: Any) -> str | None:
+    """
+    A few digits that change with the weights: of the size and of samples of each file, so that large models take no
+    time; of a Hub repository its commit. `None` for a released checkpoint, which never changes.
+    """
+    place, preset = locate(model)
+    if preset is not None:
+        return None
+    if not Path(place).is_dir():
+        return str(getattr(config, "_commit_hash", None) or "")[:DIGITS] or None
+    digest = hashlib.sha256()
+    for file in sorted(Path(place).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(size * i // SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:DIGITS]
 
 
 def _quantization(config: Any, dtype: str, quantize: str) -> dict[str, Any]:
@@ -143,17 +177,16 @@ def _not_quantized(config: Any) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers."""
+    """Without the progress bars of transformers, and without the Hub's lines about its attempts."""
     from transformers.utils import logging as transformers_logging
 
-    was_enabled = transformers_logging.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level, was_enabled = hub.level, transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         if was_enabled:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
 import secrets
 import shlex
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, get_type_hints
 
 from .. import __version__
-from ..assets import DEFAULT_MODEL
+from ..assets import DEFAULT_NAME
 from .opening import DTYPES, QUANTIZATIONS
 
+BATCH = 8  # pictures that are drawn at once
 MAX_PICTURES = 1000
+MAX_SEED = 2**63
 
 
 @dataclass
@@ -26,7 +30,10 @@ class DrawRequest:
         seed: of the first picture of each; the i-th has `seed + i`. `None` draws one.
         decoding: name, or JSON of its stored form.
         guidance, top_k, top_p, temperature: `None` for the model's own.
-        dtype, quantize: how the weights are held.
+        dtype, quantize, device: how and where the weights are held.
+        weights: what [`fingerprint`] tells of the model that drew a picture; only in records.
+        company: of a picture that was drawn together with others: {"pictures": [[prompt or class, seed], ...],
+            "index": its own place}. A batch of another size is rounded differently; only in records.
     """
 
     model: str | None = None
@@ -41,6 +48,9 @@ class DrawRequest:
     temperature: float | None = None
     dtype: str = "auto"
     quantize: str | None = None
+    device: str | None = None
+    weights: str | None = None
+    company: dict[str, Any] | None = None
 
     def check(self) -> None:
         """
@@ -49,13 +59,17 @@ class DrawRequest:
         Raises:
             ValueError: see there.
         """
+        from ..processors.base import check_prompt
+
         if self.prompts and self.classes:
             raise ValueError("Prompts and --class are both given; a model draws from one of them.")
         wanted = self.prompts or self.classes
         if not wanted:
             raise ValueError("Nothing to draw; give a prompt, as in: argen generate 'red apple'")
-        if any(not text.strip() for text in wanted):
-            raise ValueError("A prompt is empty; describe the picture in a few words.")
+        for prompt in self.prompts:
+            check_prompt(prompt)
+        if any(not name.strip() for name in self.classes):
+            raise ValueError("A class is empty; give its name or id.")
         if self.count < 1:
             raise ValueError(f"-n is {self.count}; it must be at least 1.")
         if self.count * len(wanted) > MAX_PICTURES:
@@ -66,15 +80,33 @@ class DrawRequest:
             raise ValueError(f"--dtype {self.dtype!r} is unknown; give {', '.join(DTYPES)}.")
         if self.quantize is not None and self.quantize not in QUANTIZATIONS:
             raise ValueError(f"--quantize {self.quantize!r} is unknown; give {' or '.join(QUANTIZATIONS)}.")
+        for option, value in (
+            ("--guidance", self.guidance),
+            ("--top-p", self.top_p),
+            ("--temperature", self.temperature),
+        ):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{option} is {value}; it must be a number.")
         if self.seed is None:
             self.seed = secrets.randbelow(2**31)
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}; it must lie in [0, 2^63).")
+        if not 0 <= self.seed <= MAX_SEED - self.count:
+            raise ValueError(
+                f"--seed is {self.seed}; with {self.count} more it must stay within 0 and 2^63, since picture i has "
+                "the seed + i."
+            )
 
     def pictures(self) -> list[tuple[str, int]]:
         """(prompt or class, seed) of each picture."""
         assert self.seed is not None
         return [(text, self.seed + i) for text in self.prompts or self.classes for i in range(self.count)]
+
+    def batches(self) -> list[tuple[list[tuple[str, int]], list[int]]]:
+        """What is drawn at once: pictures as in `pictures`, and the places of those that are wanted."""
+        if self.company is not None:
+            together = [(text, seed) for text, seed in self.company["pictures"]]
+            return [(together, [self.company["index"]])]
+        parts = (self.pictures()[start : start + BATCH] for start in range(0, len(self.pictures()), BATCH))
+        return [(part, list(range(len(part)))) for part in parts]
 
     def options(self) -> dict[str, Any]:
         """What `generate()` is told."""
@@ -87,8 +119,8 @@ class DrawRequest:
         }
         return {name: value for name, value in options.items() if value is not None}
 
-    def resolved(self, model: Any) -> Self:
-        """With what `model` fills in, so that the record stands on its own."""
+    def resolved(self, model: Any, weights: str | None = None) -> Self:
+        """With what `model` fills in and the fingerprint of its weights, so that the record stands on its own."""
         from ..generation.decoding import Decoding, available, resolve
 
         config = model.generation_config
@@ -102,21 +134,30 @@ class DrawRequest:
         def or_own(value: Any, name: str) -> Any:
             return getattr(config, name, None) if value is None else value
 
+        name = self.model or DEFAULT_NAME
+        if name != DEFAULT_NAME and Path(name).expanduser().exists():
+            name = str(Path(name).expanduser().absolute())  # it shall mean the same from any folder
         return dataclasses.replace(
             self,
-            model=self.model or DEFAULT_MODEL.name,
+            model=name,
             decoding=stored["type"] if len(stored) == 1 else json.dumps(stored),
             guidance=or_own(self.guidance, "guidance_scale"),
             top_k=or_own(self.top_k, "top_k"),
             top_p=or_own(self.top_p, "top_p"),
             temperature=or_own(self.temperature, "temperature"),
             dtype=str(model.dtype).removeprefix("torch.") if self.quantize is None else self.dtype,
+            device=model.input_device.type,
+            weights=weights,
         )
 
-    def one(self, text: str, seed: int) -> Self:
-        """The request for one of the pictures."""
+    def one(self, index: int) -> Self:
+        """The request for one of the pictures, which gives the same picture to the bit."""
+        text, seed = self.pictures()[index]
+        start = index - index % BATCH
+        together = [list(one) for one in self.pictures()[start : start + BATCH]]
+        company = {"pictures": together, "index": index - start} if len(together) > 1 else None
         which = {"prompts": [text]} if self.prompts else {"classes": [text]}
-        return dataclasses.replace(self, **which, count=1, seed=seed)
+        return dataclasses.replace(self, **which, count=1, seed=seed, company=self.company or company)
 
     def record(self) -> dict[str, Any]:
         """The entry of a picture, plain JSON: `prompt` or `class`, the other options, the version."""
@@ -140,12 +181,16 @@ class DrawRequest:
             if name in fields:
                 value = fields.pop(name)
                 fields[plural] = value if isinstance(value, list) else [value]
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(
-                f"The record of version {record['version']} does not fit this one ({error})."
-            ) from error
+        kinds = get_type_hints(cls)
+        for name, value in fields.items():
+            if name not in kinds:
+                raise ValueError(
+                    f"The record is of version {record.get('version')} and has the entry {name!r}, which this one "
+                    f"({__version__}) does not know."
+                )
+            if not _is_of(value, kinds[name]):
+                raise ValueError(f"The record is damaged: its entry {name!r} is {value!r}.")
+        return cls(**fields)
 
     def command(self) -> str:
         """The command line that draws the pictures."""
@@ -163,10 +208,31 @@ class DrawRequest:
             ("--temperature", self.temperature, None),
             ("--dtype", self.dtype, "auto"),
             ("--quantize", self.quantize, None),
+            ("--device", self.device, None),
         ):
             if value != default:
                 words += [option, str(value)]
         return shlex.join(words)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is what the field of a request takes."""
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if kind == dict[str, Any] | None:
+        return value is None or _is_company(value)
+    return isinstance(value, kind | int if kind == float | None else kind) and not isinstance(value, bool)
+
+
+def _is_company(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("pictures"), list):
+        return False
+    pictures, index = value["pictures"], value.get("index")
+    are_pictures = all(
+        isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], int)
+        for one in pictures
+    )
+    return are_pictures and isinstance(index, int) and 0 <= index < len(pictures) <= MAX_PICTURES
 
 
 def parsed_decoding(given: str | None) -> str | dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .base import ImageGenerationPipeline
 
@@ -82,9 +82,10 @@ class ImageInpaintingPipeline(ImageGenerationPipeline):
         pixels = self.processor(images=images)["pixel_values"]
         repaint = self.processor.preprocess_masks(masks)
         for image, mask in zip(images, masks, strict=True):
-            if image.size != mask.size:
+            sizes = [ImageOps.exif_transpose(one).size for one in (image, mask)]
+            if sizes[0] != sizes[1]:
                 raise ValueError(
-                    f"The mask has the size {mask.size} and the picture {image.size}; make them equal."
+                    f"The mask has the size {sizes[1]} and the picture {sizes[0]}; make them equal."
                 )
         inputs = {"pixel_values": pixels, "repaint": repaint}
         return inputs | self._conditions(batch)

@@ -2,18 +2,20 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .class_names import find_class
 
 MAX_PROMPT_CHARACTERS = 2000
+SHOWN_CHARACTERS = 40
 NUMBER = re.compile(r"-?\d{1,9}")  # an id that was typed
 
 
@@ -25,7 +27,7 @@ class ImageGenerationProcessor(ProcessorMixin):
         tokenizer: of the prompts of a text-conditional model; `None` for a class-conditional one.
         class_names: name of each class, in the order of the ids.
         image_size: (height, width) of the pictures.
-        max_prompt_tokens: longer prompts are cut.
+        max_prompt_tokens: longer prompts are cut, with a warning.
     """
 
     def __init__(
@@ -110,20 +112,23 @@ class ImageGenerationProcessor(ProcessorMixin):
         if not prompts:
             raise ValueError("The list of prompts is empty; give at least one.")
         for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"The prompt {prompt!r} is empty; describe the picture in a few words.")
-            if len(prompt) > MAX_PROMPT_CHARACTERS:
-                raise ValueError(
-                    f"The prompt {prompt[:20] + '...'!r} has {len(prompt)} characters; {MAX_PROMPT_CHARACTERS} are "
-                    "the most that is accepted."
+            check_prompt(prompt)
+        texts = [prompt.lower().strip() for prompt in prompts]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", verbose=False)
+        counts = encoded["attention_mask"].sum(dim=1).tolist()
+        for prompt, count in zip(prompts, counts, strict=True):
+            if count == 0:
+                raise ValueError(f"The prompt {shortened(prompt)!r} holds nothing that this model reads.")
+            if count > self.max_prompt_tokens:
+                warnings.warn(
+                    f"The prompt {shortened(prompt)!r} has {count} tokens; the model reads the first "
+                    f"{self.max_prompt_tokens}.",
+                    stacklevel=3,
                 )
-        encoded = self.tokenizer(
-            [prompt.lower().strip() for prompt in prompts],
-            padding=True,
-            truncation=True,
-            max_length=self.max_prompt_tokens,
-            return_tensors="pt",
-        )
+        if max(counts) > self.max_prompt_tokens:
+            encoded = self.tokenizer(
+                texts, padding=True, truncation=True, max_length=self.max_prompt_tokens, return_tensors="pt"
+            )
         return {"prompt_ids": encoded["input_ids"], "prompt_attention_mask": encoded["attention_mask"]}
 
     def encode_labels(self, labels: int | str | Sequence[int | str]) -> torch.LongTensor:
@@ -136,9 +141,12 @@ class ImageGenerationProcessor(ProcessorMixin):
         return torch.tensor([self._class_of(label) for label in labels])
 
     def _class_of(self, label: Any) -> int:
-        if isinstance(label, Integral):
-            return int(label)
-        if NUMBER.fullmatch(str(label)) and str(label) not in (self.class_names or ()):
+        is_number = isinstance(label, Integral) or (
+            NUMBER.fullmatch(str(label)) and str(label) not in (self.class_names or ())
+        )
+        if is_number:
+            if int(label) < -1:
+                raise ValueError(f"The class label {label} is negative; give an id from 0, or -1 for none.")
             return int(label)
         if self.class_names is None:
             raise ValueError(f"This model has no class names; give the id of {label!r}.")
@@ -164,7 +172,7 @@ class ImageGenerationProcessor(ProcessorMixin):
         for mask in masks:
             if not isinstance(mask, Image.Image):
                 raise ValueError(f"A mask is given as {type(mask).__name__}; give PIL images.")
-            mask = _cut(mask.convert("L"), height, width, Image.Resampling.BOX)
+            mask = _cut(ImageOps.exif_transpose(mask).convert("L"), height, width, Image.Resampling.BOX)
             batch.append(torch.from_numpy(np.array(mask)) >= 128)
         return torch.stack(batch)
 
@@ -175,8 +183,36 @@ class ImageGenerationProcessor(ProcessorMixin):
         return [Image.fromarray(picture) for picture in pixels]
 
 
+def check_prompt(prompt: Any) -> None:
+    """
+    Refuses what describes no picture.
+
+    Raises:
+        ValueError: no text, nothing to read in it, or too much.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"A prompt is given as {type(prompt).__name__}; give text.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"The prompt {shortened(prompt)!r} is no valid Unicode text; type it anew.")
+    if not any(letter.isprintable() and not letter.isspace() for letter in prompt):
+        raise ValueError(f"The prompt {shortened(prompt)!r} is empty; describe the picture in a few words.")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(
+            f"The prompt {shortened(prompt)!r} has {len(prompt)} characters; {MAX_PROMPT_CHARACTERS} are the most "
+            "that is accepted."
+        )
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, to name it by."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
 def flatten(image: Image.Image) -> Image.Image:
-    """An RGB picture; transparent parts become white."""
+    """An RGB picture, upright as its EXIF entry says; transparent parts become white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
@@ -187,9 +223,5 @@ def flatten(image: Image.Image) -> Image.Image:
 def _cut(
     image: Image.Image, height: int, width: int, filter: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if size != image.size:
-        image = image.resize(size, filter)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    """The centre of the picture that has the shape height x width, at that size."""
+    return ImageOps.fit(image, (width, height), filter)
