@@ -70,7 +70,7 @@ TEXT_ENCODER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-WORD_PIECES = 2048
+WORD_PARTS = 2048
 MAX_PROMPT_TOKENS = 32
 SAMPLING = {"do_sample": True, "guidance_scale": 1.5, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
 
@@ -98,7 +98,7 @@ class Stage:
 
 
 TOKENIZER_STAGE = Stage(epochs=80, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
-VAR_STAGE = Stage(epochs=150, learning_rate=1e-3, warmup_steps=200, weight_decay=0.02, batch_size=32)
+VAR_STAGE = Stage(epochs=50, learning_rate=2e-3, warmup_steps=200, weight_decay=0.02, batch_size=32)
 
 
 class Pictures(Dataset):
@@ -264,19 +264,17 @@ def train_tokenizer(emoji: EmojiSet, stage: Stage, options: argparse.Namespace) 
 
 def prompt_processor(emoji: EmojiSet, folder: Path) -> VarProcessor:
     """
-    The processor with word pieces of the training captions, kept in `folder`: ties between pieces fall differently in
-    every process, and a resumed run needs the ids that it began with.
+    The processor with byte pairs of the training captions, kept in `folder`, since a resumed run needs the ids that it
+    began with. (Word pieces would not do: their trainer breaks ties differently in every process.)
     """
     if folder.is_dir():
         return VarProcessor.from_pretrained(folder)
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces = Tokenizer(models.BPE(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pieces.train_from_iterator(
         (caption for captions in emoji.train for caption in captions),
-        trainers.WordPieceTrainer(
-            vocab_size=WORD_PIECES, special_tokens=["[PAD]", "[UNK]"], show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=WORD_PARTS, special_tokens=["[PAD]", "[UNK]"], show_progress=False),
     )
     words = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]")
     processor = VarProcessor(tokenizer=words, image_size=(SIZE, SIZE), max_prompt_tokens=MAX_PROMPT_TOKENS)
