@@ -132,7 +132,7 @@ class AutoModelForImageGeneration:
     >>> model = AutoModelForImageGeneration.from_pretrained("folder-or-repository")
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise TypeError(
             "Make a model with AutoModelForImageGeneration.from_pretrained(...) or .from_config(...)."
         )

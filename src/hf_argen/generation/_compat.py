@@ -52,17 +52,17 @@ def prepare_processors(
 class _LazyContent(dict):
     """Classes registered with an Auto class, written as dotted names and imported when they are asked for."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         value = super().__getitem__(key)
         if isinstance(value, str):
             module, name = value.rsplit(".", 1)
             value = self[key] = getattr(importlib.import_module(module), name)
         return value
 
-    def values(self):
+    def values(self) -> list[Any]:
         return [self[key] for key in self]
 
-    def items(self):
+    def items(self) -> list[tuple[Any, Any]]:
         return [(key, self[key]) for key in self]
 
 
@@ -86,7 +86,7 @@ def register_lazily(auto_class: type, config_class: type[PreTrainedConfig], clas
 class _LazyTask(dict):
     """The entry of a pipeline task whose class and default model are looked up when they are asked for."""
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         value = super().__getitem__(key)
         if key == "impl" and isinstance(value, str):
             module, name = value.rsplit(".", 1)

@@ -44,7 +44,7 @@ class Guidance:
     scale: float = 0.0
     schedule: GuidanceSchedule = "constant"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"guidance_scale is {self.scale}; it must be 0 (no guidance) or above.")
         if isinstance(self.schedule, str):

@@ -58,7 +58,7 @@ class NextScale(Decoding):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     predictor_class: ClassVar[type[NextScalePredictor]] = NextScalePredictor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.edit_mode not in ("tokens", "features"):
             raise ValueError(f"edit_mode is {self.edit_mode!r}; it must be 'tokens' or 'features'.")
         self.top_k = self._checked("top_k", "whole numbers, 0 or above", Integral, lambda value: value >= 0)

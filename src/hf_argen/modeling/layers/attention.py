@@ -1,6 +1,7 @@
 """Attention through transformers' interface, so that every `attn_implementation` works in every family."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention; query, key and value are (batch, heads, length, head_dim), the mask is additive."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling

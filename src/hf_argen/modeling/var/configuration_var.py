@@ -79,7 +79,7 @@ class VarConfig(PreTrainedConfig):
     label_smoothing: float = 0.0
     initializer_range: float | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.image_tokenizer_config = as_config(self.image_tokenizer_config, MultiScaleVQConfig)
         self.text_encoder_config = as_config(self.text_encoder_config)
         self._complete_from_tokenizer()

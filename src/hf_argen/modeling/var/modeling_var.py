@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ class VarLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(transformed * gate_mlp)
 
 
-def remembered(cache: Cache | None, key, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:
+def remembered(cache: Cache | None, key: Any, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:
     """`module(condition)`, computed once per generation where the cache keeps it: no scale changes the condition."""
     if cache is None or not hasattr(cache, "remember"):
         return module(condition)
@@ -238,7 +239,12 @@ class VarModel(VarPreTrainedModel):
         """Class labels (batch,), -1 for the null class, to conditions (batch, hidden_size)."""
         return self.class_embedding(torch.where(class_labels < 0, self.config.num_classes, class_labels))
 
-    def pool_text(self, prompt_embeds=None, prompt_ids=None, prompt_attention_mask=None) -> torch.Tensor:
+    def pool_text(
+        self,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Pooled text embeddings (batch, text_embed_dim): as given, or the mean over the tokens that the mask keeps of
         given or encoded token embeddings (batch, tokens, text_embed_dim).

@@ -58,7 +58,7 @@ class MultiScaleVQConfig(PreTrainedConfig):
     commitment_loss_weight: float = 0.25
     initializer_range: float = 0.2
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.channel_multiplier = list(self.channel_multiplier)
         self.patch_nums = normalize_patch_nums(self.patch_nums)
         sizes = ("codebook_size", "latent_channels", "base_channels", "num_res_blocks", "norm_num_groups")
