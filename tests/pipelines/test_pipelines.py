@@ -228,6 +228,8 @@ def test_default_model(monkeypatch, text_folder, tmp_path, caplog):
         (lambda draw: draw(""), "prompt '' is empty"),
         (lambda draw: draw(["red apple", " "]), "prompt ' ' is empty"),
         (lambda draw: draw([]), "list of inputs is empty"),
+        (lambda draw: draw(None), "given as NoneType; give text"),
+        (lambda draw: draw(["a cat", 7]), "given as int; give text"),
         (lambda draw: draw("x" * 10_000), "has 10000 characters"),
         (lambda draw: draw("a cat", num_images_per_prompt=0), "num_images_per_prompt is 0"),
         (lambda draw: draw("a cat", num_images_per_prompt=10**9), "must lie in"),
@@ -255,6 +257,7 @@ def test_bad_classes(draw_class):
     for labels, message in [
         ("red focks", "no class 'red focks'; the closest are 'red fox'"),
         (["volcano", 99], "class label 99 is out of range"),
+        (["volcano", -2], "class label -2 is negative"),
         ([], "list of inputs is empty"),
     ]:
         with pytest.raises(ValueError, match=message):

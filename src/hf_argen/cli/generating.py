@@ -200,9 +200,9 @@ def _write_batch(
         path = folder / names[index]
         record = request.one(index).record()
         write_picture(path, picture, record)
+        written.pictures.append(picture)
         if len(states) > 1:
             write_animation(path.with_suffix(".gif"), [enlarged(state) for state in states], record)
-        written.pictures.append(picture)
 
 
 def _write_sheet(target: Target, request: DrawRequest, drawn: Drawn) -> None:

@@ -162,11 +162,12 @@ class DrawRequest:
     def record(self) -> dict[str, Any]:
         """The entry of a picture, plain JSON: `prompt` or `class`, the other options, the version."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, [])}
+        record = {"model": fields.pop("model")} if "model" in fields else {}
         for plural, name in (("prompts", "prompt"), ("classes", "class")):
             if plural in fields:
                 values = fields.pop(plural)
-                fields[name] = values[0] if len(values) == 1 else values
-        return {**fields, "version": __version__}
+                record[name] = values[0] if len(values) == 1 else values
+        return {**record, **fields, "version": __version__}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:

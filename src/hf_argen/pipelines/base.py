@@ -30,7 +30,8 @@ class ImageGenerationPipeline(Pipeline):
 
     - `num_images_per_prompt`: pictures of each input; above 1 a result is a list;
     - `seed`: the i-th picture of every input is drawn with `seed + i`, so that a picture depends neither on the
-      inputs around it nor on how many pictures are drawn. Or `generator`: one, or a list with one per picture;
+      inputs around it nor on how many pictures are drawn (but for rounding: batches of other sizes may differ in the
+      last digit). Or `generator`: one, or a list with one per picture;
     - `batch_size`: inputs that are drawn at once;
     - everything that the model's `generate` takes: `guidance_scale`, `decoding`, `top_k`, `top_p`, `temperature`,
       `streamer`, ...
