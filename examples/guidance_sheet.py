@@ -1,7 +1,7 @@
 """
 What guidance does: the same seeds with growing guidance scales, one row of pictures for each scale.
 
-    python examples/guidance_sheet.py var-d16 "golden retriever" --scales 0 1.5 4 --out guidance.png
+    python examples/guidance_sheet.py "golden retriever" --model var-d16 --scales 0 1.5 4
 """
 
 import argparse
@@ -9,23 +9,24 @@ import argparse
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoConfig, pipeline
 
-import hf_argen  # noqa: F401 - registers the pipelines and the configurations
+from hf_argen.assets import default_model
 
 LABEL = 60  # width of the column that names the scale
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("model", help="folder of a model")
     parser.add_argument("what", help="a prompt, or the name of a class")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.5, 4.0])
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="folder of a model; default: the one that comes with the package")
     parser.add_argument("--out", default="guidance.png")
     options = parser.parse_args()
 
-    kind = AutoConfig.from_pretrained(options.model).condition_type
-    draw = pipeline("text-to-image" if kind == "text" else "class-to-image", options.model)
+    model = options.model or default_model()
+    kind = AutoConfig.from_pretrained(model).condition_type
+    draw = pipeline("text-to-image" if kind == "text" else "class-to-image", str(model))
     rows = []
     for scale in options.scales:
         drawn = draw(

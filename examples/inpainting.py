@@ -1,7 +1,7 @@
 """
 Draws a part of a picture anew: the source with the part cut out, and a few results, side by side.
 
-    python examples/inpainting.py var-d16 photo.png --class volcano --out filled.png
+    python examples/inpainting.py photo.png --class volcano --model var-d16
 """
 
 import argparse
@@ -24,13 +24,13 @@ def middle(size: tuple[int, int]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("model", help="folder of a model")
     parser.add_argument("image", help="the picture")
     parser.add_argument("--mask", help="white where the picture is drawn anew; default: the middle")
     parser.add_argument("--class", dest="label", help="what to draw there, for a class-conditional model")
     parser.add_argument("--prompt", help="what to draw there, for a text-conditional model")
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="folder of a model; default: the one that comes with the package")
     parser.add_argument("--out", default="filled.png")
     options = parser.parse_args()
 

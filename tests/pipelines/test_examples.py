@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_inpainting(folder):
-    printed = run("inpainting.py", folder, "var-d16", "photo.png", "--class", "3", "--count", "2")
+    printed = run("inpainting.py", folder, "photo.png", "--model", "var-d16", "--class", "3", "--count", "2")
     assert printed == "filled.png: the source and 2 results\n"
     with Image.open(folder / "filled.png") as strip, Image.open(folder / "photo.png") as photo:
         assert strip.size == (48, 16)
@@ -40,7 +40,9 @@ def test_inpainting(folder):
 
 
 def test_guidance_sheet(folder):
-    printed = run("guidance_sheet.py", folder, "var-d16", "volcano", "--scales", "0", "3", "--count", "2")
+    printed = run(
+        "guidance_sheet.py", folder, "volcano", "--model", "var-d16", "--scales", "0", "3", "--count", "2"
+    )
     assert printed == "guidance.png: 2 scales of guidance, 2 seeds\n"
     with Image.open(folder / "guidance.png") as sheet:
         assert sheet.size == (60 + 2 * 16, 2 * 16)
@@ -58,4 +60,5 @@ def test_the_commands_of_the_quickstart(folder, monkeypatch, capsys):
         program, *arguments = shlex.split(line)
         assert program == "argen" and main(arguments) == 0, capsys.readouterr().err
     assert len(list((folder / "volcanoes").glob("*.gif"))) == 2
+    assert (folder / "sheet.png").read_bytes() == (folder / "same.png").read_bytes()
     assert {"retriever.png", "sheet.png", "stronger.png"} <= {path.name for path in folder.iterdir()}
