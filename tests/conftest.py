@@ -16,3 +16,11 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 def _seeded():
     """Every test starts from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests with the marker `gpu` run where there is one; elsewhere they are no part of the suite."""
+    if not torch.cuda.is_available():
+        without = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

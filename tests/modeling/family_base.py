@@ -8,12 +8,14 @@ import torch
 from hf_argen import AutoModelForImageGeneration, Decoding, compatible_decodings
 
 from ..helpers.tiny import spread
+from .distributed_base import DistributedTests
 from .model_base import ModelTests
+from .placement_base import PlacementTests
 
 SAMPLING = {"do_sample": True, "guidance_scale": 1.5, "temperature": 1.2, "top_k": 8, "top_p": 0.95}
 
 
-class FamilyTests(ModelTests):
+class FamilyTests(PlacementTests, DistributedTests, ModelTests):
     """
     Subclass it as [`ModelTests`], and say what the tiny model takes and gives.
 
@@ -71,17 +73,6 @@ class FamilyTests(ModelTests):
         for both_or_none in ({**ids, **pixels}, self.conditions(4)):
             with pytest.raises(ValueError, match="either input_ids or pixel_values"):
                 model(**both_or_none)
-
-    @torch.no_grad()
-    def test_attention_implementations_agree(self, folder):
-        batch = self.make_batch("ids")
-        eager, sdpa = (
-            self.model_class.from_pretrained(folder, attn_implementation=name) for name in ("eager", "sdpa")
-        )
-        assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
-        assert torch.allclose(eager(**batch).logits, sdpa(**batch).logits, atol=1e-4)
-        options = {**self.conditions(2), "guidance_scale": 1.5, "do_sample": False}
-        assert torch.equal(eager.generate(**options), sdpa.generate(**options))
 
     @torch.no_grad()
     def test_compiled_pass(self, model):
@@ -162,13 +153,6 @@ class FamilyTests(ModelTests):
             decoding = self.make_decoding(name)
             ids = model.generate(**self.conditions(2), decoding=decoding, do_sample=False)
             assert ids.shape == (2, self.num_tokens)
-
-    def test_generates_in_bfloat16(self, folder):
-        model = self.model_class.from_pretrained(folder, dtype=torch.bfloat16)
-        output = model.generate(
-            **self.conditions(2), **SAMPLING, return_dict_in_generate=True, output_logits=True
-        )
-        assert output.logits.dtype == output.images.dtype == torch.float32
 
     def test_auto_model_for_image_generation(self, model, folder):
         loaded = AutoModelForImageGeneration.from_pretrained(folder)

@@ -143,6 +143,64 @@ def _generate(
     generate_command(request, out, animate)
 
 
+@app.command("sample")
+def _sample(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw, in place of --list.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="NAME.npz for FID tools, or a folder of PNGs.")
+    ] = Path("samples"),
+    count: Annotated[int, typer.Option("-n", "--count", help="Pictures of each prompt or class.")] = 1,
+    model: Annotated[str | None, typer.Option(help="As for argen generate.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME_OR_ID", help="May be repeated.")
+    ] = None,
+    conditions: Annotated[
+        Path | None, typer.Option("--list", metavar="FILE", help="One prompt or class a line.")
+    ] = None,
+    all_classes: Annotated[bool, typer.Option("--all-classes", help="Every class of the model.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the i-th of all has seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures that are drawn together.")] = 16,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off. Default: the model's.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off. Default: the model's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    decoding: Annotated[str | None, typer.Option(help="A name or JSON. Default: the model's.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="8bit or 4bit, by bitsandbytes.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ... Default: a GPU for each process if there are any.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew where OUT holds another run.")] = False,
+) -> None:
+    """Draw many pictures, on one or many processes; the same command goes on after an interruption.
+
+    argen sample --model var-d16 --all-classes -n 50 -o samples.npz
+
+    accelerate launch --num_processes 8 -m hf_argen.cli sample --model var-d16 --all-classes -n 50 -o samples.npz
+    """
+    from .sampling import SampleRequest, sample_command
+
+    request = SampleRequest(
+        model=model,
+        prompts=prompts or [],
+        classes=classes or [],
+        count=count,
+        seed=seed,
+        guidance=guidance,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        decoding=decoding,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        batch=batch,
+    )
+    sample_command(request, out, conditions, all_classes, force)
+
+
 @app.command("info")
 def _info(
     source: Annotated[

@@ -1,11 +1,8 @@
 """`argen generate`."""
 
 import os
-import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from .files import (
     write_picture,
 )
 from .opening import fingerprint, open_pipeline
+from .progress import progress, warnings_as_notes
 from .request import DrawRequest
 from .sheets import columns_for, contact_sheet, enlarged, sheet_size
 
@@ -94,11 +92,11 @@ def generate_command(request: DrawRequest, out: str | None, animate: bool = Fals
     target = _target(request, out, animate)
     drawn = Drawn()
     try:
-        with _warnings_as_notes():
+        with warnings_as_notes():
             draw = open_pipeline(request.model, request.dtype, request.quantize, request.device)
             request = _fitted(request, draw, target)
             names = file_names(*zip(*request.pictures(), strict=True))
-            with _progress(len(request.pictures())) as advance:
+            with progress(len(request.pictures())) as advance:
                 for batch in _draw(draw, request, target.animate):
                     if target.is_folder:
                         _write_batch(target.out, names, request, batch, drawn)
@@ -145,7 +143,7 @@ def _target(request: DrawRequest, out: str | None, animate: bool) -> Target:
 
 def _fitted(request: DrawRequest, draw: Any, target: Target) -> DrawRequest:
     """The request with what the model fills in, once all that can be known before drawing is checked."""
-    _check_kind(request, draw.condition_type)
+    check_kind(request, draw.condition_type)
     weights = fingerprint(request.model, draw.model.config)
     if request.weights not in (None, weights):
         raise ValueError(
@@ -162,7 +160,8 @@ def _fitted(request: DrawRequest, draw: Any, target: Target) -> DrawRequest:
     return request
 
 
-def _check_kind(request: DrawRequest, kind: str) -> None:
+def check_kind(request: DrawRequest, kind: str) -> None:
+    """Refuses prompts for a model that draws classes, and the other way round."""
     if (kind == "text") != bool(request.prompts):
         what = "prompts, not classes" if kind == "text" else "classes, not prompts"
         raise ValueError(f"This model draws {what}, as in: {EXAMPLE[kind]}")
@@ -170,24 +169,30 @@ def _check_kind(request: DrawRequest, kind: str) -> None:
 
 def _draw(draw: Any, request: DrawRequest, with_states: bool) -> Iterator[Drawn]:
     """Batches of pictures, each with a generator of its own: what chance does depends on its seed alone."""
-    import torch
-
-    options = {**request.options(), "do_sample": True}  # without chance a seed would mean nothing
     for batch, wanted in request.batches():
-        generators = [torch.Generator(draw.model.input_device).manual_seed(seed) for _, seed in batch]
         streamer = StateStreamer() if with_states else None
-        results = draw(
-            [text for text, _ in batch],
-            generator=generators,
-            streamer=streamer,
-            batch_size=len(batch),
-            **options,
-        )
+        pictures = draw_batch(draw, request, batch, streamer)
         steps = [draw.processor.postprocess(step) for step in streamer.steps] if streamer else []
         yield Drawn(
-            pictures=[results[i]["image"] for i in wanted],
-            states=[[step[i] for step in steps] or [results[i]["image"]] for i in wanted],
+            pictures=[pictures[i] for i in wanted],
+            states=[[step[i] for step in steps] or [pictures[i]] for i in wanted],
         )
+
+
+def draw_batch(
+    draw: Any, request: DrawRequest, batch: Sequence[tuple[str, int]], streamer: BaseStreamer | None = None
+) -> list[Image.Image]:
+    """One picture for each (prompt or class, seed), all at once."""
+    import torch
+
+    results = draw(
+        [text for text, _ in batch],
+        generator=[torch.Generator(draw.model.input_device).manual_seed(seed) for _, seed in batch],
+        streamer=streamer,
+        batch_size=len(batch),
+        **{**request.options(), "do_sample": True},  # without chance a seed would mean nothing
+    )
+    return [result["image"] for result in results]
 
 
 def _write_batch(
@@ -232,38 +237,3 @@ def _report(target: Target, request: DrawRequest, count: int, seconds: float) ->
 
 def _counted(count: int) -> str:
     return "1 picture" if count == 1 else f"{count} pictures"
-
-
-@contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """What Python would show with file and line becomes one line on stderr, once."""
-    shown: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        text = " ".join(str(message).split())
-        if issubclass(category, UserWarning) and text not in shown:
-            shown.add(text)
-            typer.echo(f"argen: note: {text}", err=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
-
-class _progress:  # noqa: N801 - used like a function
-    """A bar on a terminal, nothing elsewhere; gives the function that advances it."""
-
-    def __init__(self, total: int):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(file=sys.stderr, highlight=False)
-        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task("drawing", total=total)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return lambda count: self.bar.advance(self.task, count)
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.stop()

@@ -11,7 +11,6 @@ from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
-QUANTIZATION_BLOCK = 64
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file of weights, for its fingerprint
 DIGITS = 12
 
@@ -65,7 +64,7 @@ def _load(model: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any
         return converted, new_processor(converted.config)
     try:
         config = AutoConfig.from_pretrained(place)
-        options = {"dtype": dtype} if quantize is None else _quantization(config, dtype, quantize)
+        options = {"dtype": dtype} if quantize is None else _quantization(dtype, quantize)
         loaded = AutoModelForImageGeneration.from_pretrained(place, config=config, **options)
     except OSError as error:
         raise ValueError(cannot_open(place, error)) from error
@@ -140,39 +139,19 @@ def fingerprint(model: str | None, config: Any) -> str | None:
     return digest.hexdigest()[:DIGITS]
 
 
-def _quantization(config: Any, dtype: str, quantize: str) -> dict[str, Any]:
-    """Options of `from_pretrained`; quantized models compute in bfloat16 unless told otherwise."""
+def _quantization(dtype: str, quantize: str) -> dict[str, Any]:
+    """Options of `from_pretrained`; the model decides what stays in full precision."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--quantize needs bitsandbytes; install it with: pip install bitsandbytes")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every multiplication
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports which kernels it has not found
     import torch
     from transformers import BitsAndBytesConfig
 
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    skipped = _not_quantized(config)
-    if quantize == "8bit":
-        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    else:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=skipped
-        )
-    return {"quantization_config": quantization, "dtype": compute}
-
-
-def _not_quantized(config: Any) -> list[str]:
-    """The head, as usual, and the small layers whose sizes the CPU kernels of bitsandbytes cannot split in blocks."""
-    import torch
-
-    from ..auto import AutoModelForImageGeneration
-
-    with torch.device("meta"):
-        model = AutoModelForImageGeneration.from_config(config)
-    return ["head"] + [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (module.in_features % QUANTIZATION_BLOCK or module.out_features % QUANTIZATION_BLOCK)
-    ]
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if quantize == "4bit":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options = {"quantization_config": BitsAndBytesConfig(**bits)}
+    return options if dtype == "auto" else {**options, "dtype": getattr(torch, dtype)}
 
 
 @contextmanager

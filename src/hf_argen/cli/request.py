@@ -7,7 +7,7 @@ import secrets
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 from .. import __version__
 from ..assets import DEFAULT_NAME
@@ -52,6 +52,9 @@ class DrawRequest:
     weights: str | None = None
     company: dict[str, Any] | None = None
 
+    most_pictures: ClassVar[int | None] = MAX_PICTURES
+    example: ClassVar[str] = "argen generate 'red apple'"
+
     def check(self) -> None:
         """
         Fills in the seed and refuses what no model could draw.
@@ -65,16 +68,17 @@ class DrawRequest:
             raise ValueError("Prompts and --class are both given; a model draws from one of them.")
         wanted = self.prompts or self.classes
         if not wanted:
-            raise ValueError("Nothing to draw; give a prompt, as in: argen generate 'red apple'")
+            raise ValueError(f"Nothing to draw; give a prompt, as in: {self.example}")
         for prompt in self.prompts:
             check_prompt(prompt)
         if any(not name.strip() for name in self.classes):
             raise ValueError("A class is empty; give its name or id.")
         if self.count < 1:
             raise ValueError(f"-n is {self.count}; it must be at least 1.")
-        if self.count * len(wanted) > MAX_PICTURES:
+        if self.most_pictures is not None and self.count * len(wanted) > self.most_pictures:
             raise ValueError(
-                f"-n {self.count} makes {self.count * len(wanted)} pictures; {MAX_PICTURES} are the most at a time."
+                f"-n {self.count} makes {self.count * len(wanted)} pictures; {self.most_pictures} are the most at a "
+                "time, and argen sample draws any number."
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} is unknown; give {', '.join(DTYPES)}.")
@@ -182,7 +186,7 @@ class DrawRequest:
             if name in fields:
                 value = fields.pop(name)
                 fields[plural] = value if isinstance(value, list) else [value]
-        kinds = get_type_hints(cls)
+        kinds = {name: get_type_hints(cls)[name] for name in (one.name for one in dataclasses.fields(cls))}
         for name, value in fields.items():
             if name not in kinds:
                 raise ValueError(

@@ -49,6 +49,14 @@ def prepare_processors(
     return processors, model._get_stopping_criteria(config, stopping_criteria)
 
 
+def tensor_parallel_group(model: PreTrainedModel) -> Any | None:
+    """The processes that hold parts of one model together, as a `ProcessGroup`; `None` where each has its own."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
 class _LazyContent(dict):
     """Classes registered with an Auto class, written as dotted names and imported when they are asked for."""
 

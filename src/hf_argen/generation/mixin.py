@@ -1,6 +1,5 @@
 """`generate()` of the image families: check the request, build the predictor, run the decoding, pack the output."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
-from . import _compat
+from . import _compat, sampling
 from .decoding.base import Decoding, DecodingResult, Request, resolve
+from .devices import warn_of_slow_dtype
 from .guidance import Guidance, GuidanceSchedule
 from .inputs import check_helpers, check_number_of_generators, expand_conditions, prepare_edit
 from .options import prepare_options
@@ -117,10 +117,9 @@ class ImageGenerationMixin(GenerationMixin):
         if decoding is None:
             chosen = chosen.under(kwargs)
         check_helpers(generator, logits_processor, stopping_criteria, streamer)
-        if self.input_device.type == "cpu" and self.dtype == torch.float16:
-            warnings.warn(
-                "float16 is very slow on most CPUs; load the model with dtype=torch.bfloat16.", stacklevel=3
-            )
+        warn_of_slow_dtype(self.dtype, self.input_device, stacklevel=3)
+        if (group := _compat.tensor_parallel_group(self)) is not None:
+            sampling.synchronize(generator, self.input_device, group)
         texts = {
             "prompt_embeds": prompt_embeds,
             "prompt_ids": prompt_ids,

@@ -8,7 +8,7 @@ random choices with its weight, and so prove a decoding exact in distribution.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -120,6 +120,27 @@ def snapshot(generator: Generators, device: torch.device) -> torch.Tensor | list
     if generator is not None:
         return generator.get_state()
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def synchronize(generator: Generators, device: torch.device, group: Any) -> None:
+    """
+    Gives all processes of a group the random state of its first one, so that they draw the same from here on.
+
+    Args:
+        generator: as for [`snapshot`]; every process of the group has as many.
+        device: where the model is, and what the group's back end can send.
+        group: a `ProcessGroup`, for example of tensor parallelism.
+    """
+    state = snapshot(generator, device)
+    states = torch.stack(state if isinstance(state, list) else [state]).to(device)
+    torch.distributed.broadcast(states, group=group, group_src=0)
+    shared = [one.clone() for one in states.cpu()]  # a generator reads a view from the start of its memory
+    if generator is not None:
+        rewind(generator, shared if isinstance(generator, Sequence) else shared[0])
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(shared[0], device)
+    else:
+        torch.set_rng_state(shared[0])
 
 
 def rewind(generator: Generators, state: torch.Tensor | list[torch.Tensor]) -> None:

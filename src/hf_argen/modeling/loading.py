@@ -10,13 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..generation import _compat
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+from .placement import HUB_OPTIONS, PlacementMixin
 
 
 class StrictLoadingMixin:
@@ -42,16 +40,12 @@ class StrictLoadingMixin:
             strict: `False` gives transformers' behaviour: missing weights are drawn at random, superfluous ones are
                 dropped, and both are only warned about.
             kwargs: as in transformers (`dtype`, `device_map`, `attn_implementation`, `quantization_config`,
-                `revision`, ...).
-
-                A quantized model computes in bfloat16 unless `dtype` says otherwise.
+                `distributed_config`, `revision`, ...).
 
         Raises:
             ValueError: the folder holds no model or another type; a weight is missing, superfluous or misshapen; a
                 file is missing or damaged, or a pickle with code in it (which is not run).
         """
-        if "quantization_config" in kwargs and not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = torch.bfloat16
         if not strict:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         name = str(pretrained_model_name_or_path)
@@ -135,5 +129,5 @@ def _describe(
     return "; ".join(named(kind, keys) for kind, keys in groups if keys)
 
 
-class StrictPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class StrictPreTrainedModel(PlacementMixin, StrictLoadingMixin, PreTrainedModel):
     """A [`~transformers.PreTrainedModel`] whose `from_pretrained` is strict."""

@@ -115,6 +115,7 @@ class VarConfig(PreTrainedConfig):
             "layers.*.self_attn.o_proj": "rowwise",
             "layers.*.mlp.fc1": "colwise",
             "layers.*.mlp.fc2": "rowwise",
+            "norm.linear": "colwise_gather_output",
         }
         if self.use_qk_norm:
             plan["layers.*.self_attn.logit_scale"] = "colwise"

@@ -48,7 +48,8 @@ class MultiScaleVQModel(StrictPreTrainedModel):
     input_modalities = ("image",)
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["ResnetBlock", "SpatialAttention", "MultiScaleQuantizer"]
+    # Not the quantizer: FSDP would gather its weights in `forward` only, and it is used by its other methods.
+    _no_split_modules = ["ResnetBlock", "SpatialAttention"]
 
     def __init__(self, config: MultiScaleVQConfig):
         super().__init__(config)

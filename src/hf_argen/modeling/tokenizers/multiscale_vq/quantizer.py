@@ -27,7 +27,7 @@ class MultiScaleQuantizer(nn.Module):
     Codebook and residual convolutions. All arithmetic is float32, whatever the weights are stored in.
 
     A *feature map* is the float32 sum (batch, channels, h, w), at the size of the last scale, of what the scales so
-    far have contributed.
+    far have contributed. Results are on the device of what they are made from, wherever the weights are.
     """
 
     def __init__(self, config: MultiScaleVQConfig):
@@ -43,11 +43,11 @@ class MultiScaleQuantizer(nn.Module):
 
     def codebook(self, device: torch.device | None = None) -> torch.Tensor:
         """All codes (codebook_size, channels) float32; looked up through the module so that offloaded weights work."""
-        return self.embedding(torch.arange(self.config.codebook_size, device=device)).float()
+        return self.embed(torch.arange(self.config.codebook_size, device=device))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (batch, n) to their codes (batch, n, channels) float32."""
-        return self.embedding(ids).float()
+        return self.embedding(ids).float().to(ids.device)
 
     def residual_conv(self, features: torch.Tensor, step: int, num_steps: int) -> torch.Tensor:
         """Applies the convolution whose place on the coarse-to-fine axis is nearest to this scale's."""
@@ -57,7 +57,7 @@ class MultiScaleQuantizer(nn.Module):
         margin = 1 / 3 / count if count == 4 else 1 / 2 / count
         ticks = np.linspace(margin, 1 - margin, count)
         place = step / (num_steps - 1) if num_steps > 1 else 0.0
-        return self.residual_convs[int(np.argmin(np.abs(ticks - place)))](features)
+        return self.residual_convs[int(np.argmin(np.abs(ticks - place)))](features).to(features.device)
 
     def new_feature_map(self, batch_size: int, size: Grid, device: torch.device) -> torch.Tensor:
         """A feature map to which no scale has contributed yet."""
