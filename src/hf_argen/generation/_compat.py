@@ -132,3 +132,22 @@ def keep_own_entries(config: GenerationConfig) -> None:
     generation configuration that is marked as derived from the model's.
     """
     config._from_model_config = False
+
+
+class InspectedLoading:
+    """Calls `inspect_checkpoint` of a model that `from_pretrained` has built, before it reads any weight."""
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if checkpoint_files is not None and state_dict is None:
+            model.inspect_checkpoint(checkpoint_files, load_config.is_quantized)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
