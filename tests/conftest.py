@@ -22,6 +22,16 @@ from huggingface_hub import constants  # noqa: E402
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often each work is killed (tests of faults)")
+
+
+@pytest.fixture(scope="session")
+def kills(request) -> int:
+    """How often each work is killed."""
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same state of torch's global generator."""

@@ -1,6 +1,7 @@
 """What holds for every `PreTrainedModel` of ours; family and tokenizer tests inherit it."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from hf_argen.auto import FAMILIES
 from hf_argen.training import training_arguments
+
+from ..helpers.hostile import FOLDERS, assert_refused, context, flipped_headers
 
 
 @contextmanager
@@ -188,6 +191,26 @@ class ModelTests:
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(ValueError, match="the file is damaged or incomplete: fetch it again"):
             self.model_class.from_pretrained(tmp_path)
+
+    def test_hostile_folders_are_refused(self, folder, tmp_path):
+        """One sentence each; nothing that a pickle says is done."""
+        for name, damage in FOLDERS.items():
+            copy = tmp_path / name / "saved"
+            shutil.copytree(folder, copy)
+            damage(copy)
+            with context(name):
+                assert_refused(lambda copy=copy: self.model_class.from_pretrained(copy))
+        assert not list(tmp_path.rglob("was_run"))
+
+    def test_flipped_bits_of_a_header_never_load_as_something_else(self, model, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "saved")
+        for _ in flipped_headers(tmp_path / "saved", count=20):
+            try:
+                loaded = self.model_class.from_pretrained(tmp_path / "saved")
+            except ValueError as error:
+                assert "\n" not in str(error)
+            else:  # a bit that says nothing, such as one of the metadata
+                assert_same_tensors(model, loaded)
 
     def test_other_model_type(self, tmp_path):
         AutoConfig.for_model("gpt2").save_pretrained(tmp_path)

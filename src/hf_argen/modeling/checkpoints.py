@@ -155,7 +155,10 @@ def _read_safetensors(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path, what: str, allowed_globals: Sequence[Callable]) -> Any:
-    is_archive = zipfile.is_zipfile(path)
+    try:
+        is_archive = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise ConversionError(f"{what} is damaged ({error}); fetch it again.") from error
     with path.open("rb") as file:
         starts_as_archive = file.read(2) == b"PK"
     if starts_as_archive and not is_archive:

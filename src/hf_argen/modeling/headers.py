@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+MAX_HEADER = 25_000_000  # bytes; that of a hundred thousand tensors has half of it
 MAX_JSON = 64_000_000  # bytes of a JSON file; an index of a hundred thousand tensors is smaller
 MAX_DIMENSIONS = 64
 FLOATS = ("F64", "F32", "F16", "BF16")
