@@ -46,7 +46,9 @@ def hub(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**14)  # a broken download is kept up to the last chunk
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 2**14
+    )  # a broken download is kept up to the last chunk
     for name, value in {"HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(cache), "HF_TOKEN": TOKEN}.items():
         monkeypatch.setenv(name, value)
     yield HUB

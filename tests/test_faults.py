@@ -6,6 +6,7 @@ completes. `pytest tests/test_faults.py --kills 20` kills more often than the wh
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,9 @@ from huggingface_hub import constants
 from hf_argen import VarForImageGeneration
 from hf_argen.cli import main
 from hf_argen.hub import fetch_file
-from hf_argen.modeling import conversion
-from hf_argen.modeling.conversion import load_presets
 
-from .helpers.goldens import golden
 from .helpers.kills import Child, kill_at_change, kill_at_random, remains, run
+from .helpers.released import publish_tiny_preset, tiny_released, use_tiny_presets
 from .helpers.tiny import sized_var
 from .modeling.model_base import tensors_of
 
@@ -110,7 +109,7 @@ def converting(out, options):
 
 @pytest.fixture(scope="module")
 def reference():
-    return golden("var", "d2_adaln_l2_q4")
+    return tiny_released()
 
 
 @pytest.fixture
@@ -134,10 +133,10 @@ def test_killed_while_converting(tmp_path, reference, options, kills, before):
     seconds, changes = run(converting, *prepared("timed"))
     for number in kill_at_random(converting, prepared, kills, seed=6, seconds=1.2 * seconds):
         check_converted(tmp_path / str(number), expected, options, before)
-    for change in range(changes) if before else ():
+    for change in range(0, changes, 1 if kills > 10 else 4) if before else ():
         arguments = prepared(f"change {change}")
         assert kill_at_change(converting, arguments, change)
-        check_converted(arguments[0], expected, options, before, with_next_run=change % 6 == 0)
+        check_converted(arguments[0], expected, options, before, with_next_run=change % 8 == 0)
 
 
 def check_converted(out, expected, options, before, with_next_run=True):
@@ -173,16 +172,9 @@ def opening(cache):
 
 def converting_preset(cache, out):
     use_hub(cache)
-    use_small_preset()
+    use_tiny_presets()
     yield
     assert main(["convert", "var-d16", str(out)]) == 0
-
-
-def use_small_preset():
-    presets = load_presets("hf_argen.modeling.var")
-    config = golden("var", "d2_adaln_l2_q4").original_config()
-    small = {**presets, "var-d16": {**presets["var-d16"], "original_config": config}}
-    conversion.load_presets = lambda package: small
 
 
 def test_killed_while_fetching_a_file(hub, tmp_path, kills):
@@ -202,7 +194,7 @@ def test_killed_while_fetching_a_file(hub, tmp_path, kills):
     hub.faults.bytes_per_second = None
     sent = hub.sent
     path = fetch_file(REPO, "w.pth", cache_dir=tmp_path / "cache")
-    assert open(path, "rb").read() == content
+    assert Path(path).read_bytes() == content
     assert kept and hub.sent - sent == len(content) - kept
 
 
@@ -222,9 +214,7 @@ def test_killed_while_opening_a_repository(hub, tmp_path, weights, kills):
 
 
 def test_killed_while_converting_a_released_checkpoint(hub, tmp_path, reference, kills):
-    files = reference.files("transformer", "tokenizer")
-    named = {"var_d16.pth": files["transformer"], "vae_ch160v4096z32.pth": files["tokenizer"]}
-    hub.add("FoundationVision/var", {name: open(path, "rb").read() for name, path in named.items()})
+    publish_tiny_preset(hub)
     hub.faults.bytes_per_second = 4e6
     expected = {NEW: tensors_of(reference.convert())}
 

@@ -19,6 +19,7 @@ from .helpers.hostile import (
     context,
     flipped_archives,
     flipped_headers,
+    loaded_or_refused,
     weights_of,
 )
 from .helpers.kills import Child
@@ -61,8 +62,7 @@ def convert(folder, transformer="transformer.pth"):
 def test_hostile_archives_are_refused(originals, tmp_path, name):
     shutil.copytree(originals, tmp_path / "files")
     ARCHIVES[name](tmp_path / "files" / "transformer.pth")
-    message = assert_refused(lambda: convert(tmp_path / "files"))
-    assert "transformer" in message
+    assert_refused(lambda: convert(tmp_path / "files"))
     assert not list(tmp_path.rglob("was_run"))
 
 
@@ -70,12 +70,9 @@ def test_flipped_bits_of_an_archive_never_convert_to_something_else(originals, t
     shutil.copytree(originals, tmp_path / "files")
     expected, refused = convert(originals), 0
     for _ in flipped_archives(tmp_path / "files" / "transformer.pth", count=60):
-        try:
-            converted = convert(tmp_path / "files")
-        except ValueError as error:
-            assert "\n" not in str(error)
-            refused += 1
-        else:
+        converted = loaded_or_refused(lambda: convert(tmp_path / "files"))
+        refused += converted is None
+        if converted is not None:
             assert_same_tensors(expected, converted)
     assert refused > 20
 
@@ -103,11 +100,8 @@ def test_flipped_bits_of_safetensors_never_convert_to_something_else(originals, 
     save_file({key: tensor.contiguous() for key, tensor in weights.items()}, weights_of(folder))
     expected = convert(originals)
     for _ in flipped_headers(folder, count=30):
-        try:
-            converted = convert(tmp_path / "files", "transformer")
-        except ValueError as error:
-            assert "\n" not in str(error)
-        else:
+        converted = loaded_or_refused(lambda: convert(tmp_path / "files", "transformer"))
+        if converted is not None:
             assert_same_tensors(expected, converted)
 
 
@@ -116,7 +110,15 @@ def test_the_auto_class_and_the_command_refuse_them_too(saved, tmp_path, capsys,
     shutil.copytree(saved, tmp_path / "model")
     FOLDERS[name](tmp_path / "model")
     assert_refused(lambda: AutoModelForImageGeneration.from_pretrained(tmp_path / "model"))
-    arguments = ["generate", "--class", "a", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "a.png")]
+    arguments = [
+        "generate",
+        "--class",
+        "a",
+        "--model",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
     assert main(arguments) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("argen: ") and "Traceback" not in "".join(errors)

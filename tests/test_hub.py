@@ -1,6 +1,7 @@
 """Pushing and fetching with the real huggingface_hub client, against the Hub in `tests/helpers/local_hub.py`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,14 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from transformers import AutoProcessor, pipeline
 
 from hf_argen import AutoModelForImageGeneration, VarForImageGeneration, VarProcessor, convert_original
+from hf_argen import hub as hub_module
 from hf_argen.auto import new_processor
 from hf_argen.cli import main
 from hf_argen.hub import PushError, fetch_file, push_folder
-from hf_argen.modeling import conversion
 from hf_argen.modeling.checkpoints import ConversionError
-from hf_argen.modeling.conversion import load_presets
 from hf_argen.pipelines.class_to_image import ClassToImagePipeline
 
-from .helpers.goldens import golden
+from .helpers.released import publish_tiny_preset, tiny_released, use_tiny_presets
 from .helpers.tiny import spread, text_tokenizer, text_var_config, tiny_var
 from .modeling.model_base import assert_same_tensors
 
@@ -34,14 +34,13 @@ def model():
 @pytest.fixture
 def preset(monkeypatch, hub):
     """`var-d16` as a tiny checkpoint, in the repository and under the names of the released one."""
-    reference = golden("var", "d2_adaln_l2_q4")
-    presets = load_presets("hf_argen.modeling.var")
-    small = {**presets["var-d16"], "original_config": reference.original_config()}
-    monkeypatch.setattr(conversion, "load_presets", lambda package: {**presets, "var-d16": small})
-    files = reference.files("transformer", "tokenizer")
-    named = {"var_d16.pth": files["transformer"], "vae_ch160v4096z32.pth": files["tokenizer"]}
-    hub.add("FoundationVision/var", {name: open(path, "rb").read() for name, path in named.items()})
-    return reference
+    use_tiny_presets(monkeypatch.setattr)
+    publish_tiny_preset(hub)
+    return tiny_released()
+
+
+def content_of(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def card_of(hub, repo_id=REPO) -> ModelCard:
@@ -129,7 +128,7 @@ def test_without_the_right_to_write(hub, model, monkeypatch):
     with pytest.raises(PushError, match=r"does not let you write to tester/var \(401\); log in"):
         model.push_to_hub(REPO)
     assert not hub.repositories
-    with pytest.raises(PushError, match="'a/b/c' cannot be pushed|a/b/c cannot be pushed"):
+    with pytest.raises(PushError, match="a/b/c cannot be pushed"):
         model.push_to_hub("a/b/c")
 
 
@@ -205,18 +204,19 @@ def test_a_connection_that_breaks_off_is_resumed(hub, model):
 @pytest.mark.parametrize("fails_with", [KeyboardInterrupt, OSError])
 def test_a_download_goes_on_in_the_next_call(hub, monkeypatch, fails_with):
     hub.add(REPO, {"w.pth": CONTENT})
-    real = conversion.fetch_file.__globals__["http_get"]
 
     def interrupted(url, target, **kwargs):
         target.write(CONTENT[:600_000])
         raise fails_with
 
-    monkeypatch.setitem(conversion.fetch_file.__globals__, "http_get", interrupted)
-    with pytest.raises(fails_with, match=r"600,000 of 1,024,000 bytes" if fails_with is OSError else None):
-        fetch_file(REPO, "w.pth")
-    monkeypatch.setitem(conversion.fetch_file.__globals__, "http_get", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_module, "http_get", interrupted)
+        with pytest.raises(
+            fails_with, match=r"600,000 of 1,024,000 bytes" if fails_with is OSError else None
+        ):
+            fetch_file(REPO, "w.pth")
     path = fetch_file(REPO, "w.pth")
-    assert open(path, "rb").read() == CONTENT
+    assert content_of(path) == CONTENT
     assert [call.range for call in hub.requests("GET", "/lfs/")] == ["bytes=600000-"]
     assert hub.sent == len(CONTENT) - 600_000
     assert not any(call.has_token for call in hub.requests("GET", "/lfs/"))  # it is for the Hub alone
@@ -227,7 +227,7 @@ def test_a_download_goes_on_in_the_next_call(hub, monkeypatch, fails_with):
 def test_a_server_without_ranges(hub):
     hub.add(REPO, {"w.pth": CONTENT})
     hub.faults.break_after, hub.faults.without_ranges = [300_000], True
-    assert open(fetch_file(REPO, "w.pth"), "rb").read() == CONTENT
+    assert content_of(fetch_file(REPO, "w.pth")) == CONTENT
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_fetched_again(hub):
@@ -235,18 +235,18 @@ def test_a_file_that_arrives_damaged_is_refused_and_fetched_again(hub):
     hub.faults.corrupt = [True]
     with pytest.raises(OSError, match=r"w\.pth of tester/var arrived damaged"):
         fetch_file(REPO, "w.pth")
-    assert open(fetch_file(REPO, "w.pth"), "rb").read() == CONTENT
+    assert content_of(fetch_file(REPO, "w.pth")) == CONTENT
 
 
 def test_small_files_branches_and_what_is_cached(hub, monkeypatch):
     hub.add(REPO, {"a.json": b"{}", "w.pth": CONTENT})
     HfApi().create_branch(REPO, branch="next")
     hub.add(REPO, {"w.pth": CONTENT[:1000]})
-    assert open(fetch_file(REPO, "a.json"), "rb").read() == b"{}"
-    assert len(open(fetch_file(REPO, "w.pth"), "rb").read()) == 1000
-    assert len(open(fetch_file(REPO, "w.pth", revision="next"), "rb").read()) == len(CONTENT)
+    assert content_of(fetch_file(REPO, "a.json")) == b"{}"
+    assert len(content_of(fetch_file(REPO, "w.pth"))) == 1000
+    assert len(content_of(fetch_file(REPO, "w.pth", revision="next"))) == len(CONTENT)
     calls = len(hub.calls)
-    assert len(open(fetch_file(REPO, "w.pth", local_files_only=True), "rb").read()) == 1000
+    assert len(content_of(fetch_file(REPO, "w.pth", local_files_only=True))) == 1000
     assert len(hub.calls) == calls
 
 
@@ -302,7 +302,10 @@ def test_draw_from_and_describe_a_repository(hub, model, tmp_path, capsys):
     capsys.readouterr()
     assert main(["info", REPO]) == 0
     told = capsys.readouterr().out
-    assert f"{model.num_parameters():,}".replace(",", " ") in told.replace("\u202f", " ") or "million F32" in told
+    assert (
+        f"{model.num_parameters():,}".replace(",", " ") in told.replace("\u202f", " ")
+        or "million F32" in told
+    )
     assert any(call.range for call in hub.requests("GET", "model.safetensors|/lfs/"))
 
 

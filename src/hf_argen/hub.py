@@ -175,10 +175,12 @@ def _is_left_behind(part: str) -> bool:
     return any(Path(part).match(pattern) for pattern in NOT_PUSHED)
 
 
-def card_in(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """The text of the model card that a repository has; `None` without card or repository."""
+def text_in(
+    repo_id: str, name: str, revision: str | None = None, token: str | bool | None = None
+) -> str | None:
+    """The text of a file that a repository has; `None` without file or repository."""
     try:
-        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+        path = hf_hub_download(repo_id, name, revision=revision, token=token)
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
         return None
     return Path(path).read_text(encoding="utf-8")

@@ -15,7 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-KEYS = ("config.json", "adapter_config.json", "processor_config.json")  # without its key a folder does not load
+KEYS = (
+    "config.json",
+    "adapter_config.json",
+    "processor_config.json",
+)  # without its key a folder does not load
 WEIGHTS = re.compile(r"(?P<stem>[\w-]+?)(\.(?P<variant>[\w.-]+?))?(-\d{5}-of-\d{5})?\.safetensors")
 INDEX = re.compile(r"(?P<stem>[\w-]+?)\.safetensors\.index(\.(?P<variant>[\w.-]+?))?\.json")
 MARK = re.compile(r"\.(?P<name>.+)\.(?P<state>new|old)-(?P<host>\w+)-(?P<process>\d+)-(?P<token>\w+)")

@@ -31,6 +31,16 @@ def assert_refused(load: Callable[[], Any]) -> str:
     return message
 
 
+def loaded_or_refused(load: Callable[[], Any]) -> Any:
+    """What `load` gives; `None` where it raises a ValueError in one line."""
+    try:
+        return load()
+    except ValueError as error:
+        message = str(error)
+    assert "\n" not in message, message
+    return None
+
+
 @contextmanager
 def context(name: str) -> Iterator[None]:
     """Names the case in what fails inside."""
@@ -267,7 +277,9 @@ def write_bomb(path: Path, size: int = 2**31) -> None:
         archive.writestr("w/version", "3\n")
 
 
-def repacked(change: Callable[[str, bytes], bytes] | None = None, twice: str | None = None, packed: bool = False):
+def repacked(
+    change: Callable[[str, bytes], bytes] | None = None, twice: str | None = None, packed: bool = False
+):
     """Writes an archive anew, with changed records, one of them twice, or packed."""
 
     def case(path: Path) -> None:

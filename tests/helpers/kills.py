@@ -20,7 +20,7 @@ Work = Callable[..., Iterator[None]]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.kills", "tests.helpers.warm"])
-PATIENCE = 120  # seconds
+PATIENCE = 600  # seconds
 # What changes files; opening for reading does not count.
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 

@@ -167,7 +167,7 @@ def is_large(name: str, content: bytes) -> bool:
     return name.endswith(LFS_SUFFIXES) or len(content) > 10_000_000
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An answer that is an error."""
 
     def __init__(self, status: int, code: str | None = None, message: str = "", **headers: str):
@@ -214,10 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):  # the client was killed
             self.close_connection = True
 
-    def do_GET(self) -> None:
-        self.dispatch()
-
-    do_HEAD = do_POST = do_PUT = do_GET
+    def __getattr__(self, name: str) -> Any:
+        """The base class looks for `do_GET` and so on."""
+        if not name.startswith("do_"):
+            raise AttributeError(name)
+        return self.dispatch
 
     def dispatch(self) -> None:
         url = urlsplit(self.path)
@@ -227,14 +228,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.faults.before(self.command, url.path)
         try:
             if self.hub.faults.statuses:
-                raise _Refused(self.hub.faults.statuses.pop(0), message="out of order")
+                raise _RefusedError(self.hub.faults.statuses.pop(0), message="out of order")
             for method, pattern, name in ROUTES:
                 found = re.fullmatch(pattern, url.path)
                 if method == self.command and found:
                     getattr(self, name)(**{k: unquote(v) for k, v in found.groupdict().items() if v})
                     return
-            raise _Refused(404, message=f"no route {self.command} {url.path}")
-        except _Refused as error:
+            raise _RefusedError(404, message=f"no route {self.command} {url.path}")
+        except _RefusedError as error:
             self.answer(error.status, {"error": str(error)}, error.headers)
 
     def answer(self, status: int, content: Any = None, headers: dict[str, str] | None = None) -> None:
@@ -261,18 +262,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def check_writer(self) -> None:
         if not self.is_known():
-            raise _Refused(401, message="Invalid username or password.")
+            raise _RefusedError(401, message="Invalid username or password.")
 
     def repository(self, repo: str) -> Repository:
         found = self.hub.repositories.get(repo)
         if found is None or (found.private and not self.is_known()):
-            raise _Refused(404 if self.is_known() else 401, "RepoNotFound", "Repository not found")
+            raise _RefusedError(404 if self.is_known() else 401, "RepoNotFound", "Repository not found")
         return found
 
     def commit_at(self, repo: str, revision: str) -> Commit:
         found = self.repository(repo).at(revision)
         if found is None:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
     def whoami(self) -> None:
@@ -286,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or OWNER}/{asked['name']}"
         if asked.get("organization") not in (None, OWNER):
-            raise _Refused(403, message=f"You have no rights in {asked['organization']}")
+            raise _RefusedError(403, message=f"You have no rights in {asked['organization']}")
         content = {"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo}
         with self.hub.lock:
             if repo in self.hub.repositories:
@@ -307,7 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             branches = self.repository(repo).branches
             if branch in branches:
-                raise _Refused(409, message="Reference already exists")
+                raise _RefusedError(409, message="Reference already exists")
             branches[branch] = list(branches["main"])
         self.answer(200, {})
 
@@ -396,7 +397,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def keep(self, oid: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != oid:
-            raise _Refused(400, message="content does not match its name")
+            raise _RefusedError(400, message="content does not match its name")
         with self.hub.lock:
             self.hub.large[oid] = content
 
@@ -413,13 +414,13 @@ class _Handler(BaseHTTPRequestHandler):
         parts = self.hub.parts.pop(oid)
         listed = [(part["partNumber"], part["etag"].strip('"')) for part in json.loads(self.body)["parts"]]
         if listed != [(number, hashlib.md5(parts[number]).hexdigest()) for number in sorted(parts)]:
-            raise _Refused(400, message="parts are missing")
+            raise _RefusedError(400, message="parts are missing")
         self.keep(oid, b"".join(parts[number] for number in sorted(parts)))
         self.answer(200)
 
     def lfs_verify(self, oid: str) -> None:
         if oid not in self.hub.large:
-            raise _Refused(404, message="not uploaded")
+            raise _RefusedError(404, message="not uploaded")
         self.answer(200)
 
     def commit(self, repo: str, revision: str) -> None:
@@ -436,13 +437,13 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
                 elif key == "lfsFile":
                     if value["oid"] not in self.hub.large:
-                        raise _Refused(400, message=f"{value['path']} was not uploaded")
+                        raise _RefusedError(400, message=f"{value['path']} was not uploaded")
                     files[value["path"]] = Blob(self.hub.large[value["oid"]], True)
                 elif key == "deletedFile":
                     if files.pop(value["path"], None) is None:
-                        raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
+                        raise _RefusedError(404, "EntryNotFound", "A file with this name doesn't exist")
                 else:
-                    raise _Refused(400, message=f"unknown operation {key}")
+                    raise _RefusedError(400, message=f"unknown operation {key}")
             new = Commit(files, title, parent.sha)
             branches = self.repository(repo).branches
             content = {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{new.sha}", "commitOid": new.sha}
@@ -460,7 +461,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.commit_at(repo, revision)
         blob = commit.files.get(file)
         if blob is None:
-            raise _Refused(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit.sha})
+            raise _RefusedError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit.sha})
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
         if blob.is_large:
             headers |= {
@@ -487,7 +488,7 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(int(asked[2]) + 1, size) if asked[1] and asked[2] else size
             status = 206
             if start >= size:
-                raise _Refused(416, **{"Content-Range": f"bytes */{size}"})
+                raise _RefusedError(416, **{"Content-Range": f"bytes */{size}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         body = bytearray(content[start:stop])
         if faults.corrupt and faults.corrupt.pop(0):

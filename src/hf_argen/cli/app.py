@@ -159,7 +159,9 @@ def _push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved or converted model.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="OWNER/NAME, or NAME for your own.")],
     private: Annotated[bool, typer.Option("--private", help="If it is made now: only for you.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, made if there is none. Default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if there is none. Default: main.")
+    ] = None,
     message: Annotated[str | None, typer.Option("-m", "--message", help="Of the commit.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Propose it instead.")] = False,
 ) -> None:

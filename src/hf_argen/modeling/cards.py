@@ -102,9 +102,7 @@ def _data(
     return ModelCardData(**fields)
 
 
-def _about(
-    model_class: type, config: PreTrainedConfig, origin: Mapping[str, Any], parameters: int
-) -> str:
+def _about(model_class: type, config: PreTrainedConfig, origin: Mapping[str, Any], parameters: int) -> str:
     lines = [
         f"{_title(model_class)}.",
         f"A `{model_class.__name__}` of hf_argen with {parameters / 1e6:.1f} million parameters.",
@@ -175,7 +173,9 @@ def _metrics(origin: Mapping[str, Any]) -> Iterator[str]:
 def _licence(origin: Mapping[str, Any]) -> Iterator[str]:
     if origin:
         stated = origin.get("licence")
-        text = f"The licence of the weights is `{stated}`" if stated else "No licence of the weights is stated"
+        text = (
+            f"The licence of the weights is `{stated}`" if stated else "No licence of the weights is stated"
+        )
         note = origin.get("licence_note")
         yield f"## Licence of the weights\n\n{text}{': ' + note if note else '.'}"
 

@@ -12,9 +12,14 @@ MAX_JSON = 64_000_000  # bytes of a JSON file; an index of a hundred thousand te
 MAX_DIMENSIONS = 64
 FLOATS = ("F64", "F32", "F16", "BF16")
 BITS = {
-    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8},
+    "F64": 64,
+    "F32": 32,
+    "C64": 64,
+    "BOOL": 8,
+    **dict.fromkeys(("F16", "BF16"), 16),
     **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"), 8),
-    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
     **{f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)},
 }
 

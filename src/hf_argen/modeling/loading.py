@@ -62,7 +62,9 @@ def check_folder(source: str | os.PathLike, variant: str | None = None, subfolde
         )
     if index.is_file() and (missing := [name for name in names if not (folder / name).is_file()]):
         raise ValueError(f"{missing[0]} is missing in {str(source)!r}, but its index names it; fetch it.")
-    if not (single.is_file() or index.is_file()) and (pickles := sorted(folder.glob(f"pytorch_model{dot}*.bin"))):
+    if not (single.is_file() or index.is_file()) and (
+        pickles := sorted(folder.glob(f"pytorch_model{dot}*.bin"))
+    ):
         raise ValueError(
             f"{str(source)!r} holds its weights as a pickle ({pickles[0].name}), which may hold code and was not "
             "opened; save them as safetensors where you trust the file."

@@ -1,5 +1,6 @@
 """`save_pretrained` and `push_to_hub`, shared by the families and the visual tokenizers."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard
 from transformers import GenerationConfig
 
-from ..hub import CARD, card_in, push_folder
+from ..hub import CARD, push_folder, text_in
 from ..storage import final_name, merged_folder
 from . import cards
 
+CONFIG = "config.json"
 PUSHING = (
     "private",
     "revision",
@@ -42,7 +44,9 @@ class WholeSavingMixin:
         Raises:
             ValueError: `save_directory` is a file.
         """
-        if kwargs.get("distributed_checkpoint"):  # many processes write to one folder, which is theirs to order
+        if kwargs.get(
+            "distributed_checkpoint"
+        ):  # many processes write to one folder, which is theirs to order
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         pushing = {name: kwargs.pop(name) for name in ("repo_id", "tags", *PUSHING) if name in kwargs}
         if "token" in pushing:
@@ -50,8 +54,10 @@ class WholeSavingMixin:
         name = final_name(save_directory)
         with model_folder(save_directory) as folder:
             super().save_pretrained(folder, *args, **kwargs)
-            if (folder / "config.json").is_file():
+            if (folder / CONFIG).is_file():
                 self.model_card(name).save(folder / CARD)
+                if kwargs.get("variant") and (Path(save_directory) / CONFIG).is_file():
+                    _keep_dtype(folder, (Path(save_directory) / CONFIG).read_text(encoding="utf-8"))
         if getattr(self.config, "distributed_config", None) and torch.distributed.is_initialized():
             torch.distributed.barrier()  # no process may read before the one that writes has moved the files
         if push_to_hub:
@@ -84,6 +90,9 @@ class WholeSavingMixin:
         tags = [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags or ())]
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+            there = text_in(repo_id, CONFIG, kwargs.get("revision"), kwargs.get("token")) if variant else None
+            if there is not None:
+                _keep_dtype(Path(folder), there)
             return push_with_card(folder, self.model_card(repo_id, tags), repo_id, **kwargs)
 
     def model_card(self, name: str, tags: Sequence[str] = ()) -> ModelCard:
@@ -116,13 +125,23 @@ def push_with_card(folder: str | os.PathLike, card: ModelCard, repo_id: str, **o
     """
     text = _edited(Path(folder))
     if text is None:
-        there = card_in(repo_id, options.get("revision"), options.get("token"))
+        there = text_in(repo_id, CARD, options.get("revision"), options.get("token"))
         if there is not None and not cards.is_generated(there):
             edited = ModelCard(there)
             edited.data.tags = list(dict.fromkeys([*(edited.data.tags or ()), *card.data.tags]))
             card = edited
         text = str(card)
     return push_folder(folder, repo_id, card=text, **options)
+
+
+def _keep_dtype(folder: Path, earlier: str) -> None:
+    """
+    Variants share one configuration, whose dtype is the one that weights are loaded in: saving a variant in half
+    precision must not halve the weights that were there before.
+    """
+    fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    fields["dtype"] = json.loads(earlier).get("dtype", fields.get("dtype"))
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _edited(folder: Path) -> str | None:
