@@ -183,7 +183,14 @@ def kinds_table(folder: str, probe: Probe, full: int) -> None:
         saved = 100 * (size - size_of(model)) / size
         found, smallest = probe.compare(model)
         lost = (mean - found) / saved if saved > 0 else float("nan")
-        row(f"`{kind}`", f"{count / full:.1%}", f"{saved:.1f} %", f"{found:.5f}", f"{smallest:.4f}", f"{lost:.1e}")
+        row(
+            f"`{kind}`",
+            f"{count / full:.1%}",
+            f"{saved:.1f} %",
+            f"{found:.5f}",
+            f"{smallest:.4f}",
+            f"{lost:.1e}",
+        )
         del model
 
 
@@ -192,11 +199,21 @@ def pattern(kind: str) -> str:
     return re.escape(kind).replace(r"\*", r"\d+") + "$"
 
 
-def choices_table(folder: str, probe: Probe, choices: list[Choice], arguments: argparse.Namespace, processor: Any) -> None:
+def choices_table(
+    folder: str, probe: Probe, choices: list[Choice], arguments: argparse.Namespace, processor: Any
+) -> None:
     """Whole choices against float32."""
     reference = Choice("float32", dtype=torch.float32).load(folder)
     print(f"\nWhole choices; {len(probe.ids)} pictures a batch, median of {arguments.rounds} rounds\n")
-    columns = ["weights", "size", "of float32", "time of a batch", "of float32", "cosine of logits", "smallest"]
+    columns = [
+        "weights",
+        "size",
+        "of float32",
+        "time of a batch",
+        "of float32",
+        "cosine of logits",
+        "smallest",
+    ]
     columns += ["emoji by name / held-out"] if arguments.emoji else []
     row(*columns)
     row(*["---"] * len(columns))
@@ -206,7 +223,13 @@ def choices_table(folder: str, probe: Probe, choices: list[Choice], arguments: a
         size = size_of(model)
         seconds, ratio = probe.seconds(model, reference, arguments.rounds)
         mean, smallest = probe.compare(model)
-        cells = [choice.name, f"{size / 1e6:.1f} MB", f"{size / full:.2f}", f"{seconds:.2f} s", f"{ratio:.2f}"]
+        cells = [
+            choice.name,
+            f"{size / 1e6:.1f} MB",
+            f"{size / full:.2f}",
+            f"{seconds:.2f} s",
+            f"{ratio:.2f}",
+        ]
         cells += [f"{mean:.5f}", f"{smallest:.4f}"]
         if arguments.emoji:
             cells.append(emoji_accuracy(model, processor, arguments.emoji, arguments.font))
@@ -214,13 +237,23 @@ def choices_table(folder: str, probe: Probe, choices: list[Choice], arguments: a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder of a saved model")
-    parser.add_argument("--keep", action="append", default=[], metavar="NAME,NAME", help="one more choice of kept modules")
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="NAME,NAME", help="one more choice of kept modules"
+    )
     parser.add_argument("--batch", type=int, default=8, help="pictures that are compared and timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--emoji", type=int, default=0, metavar="COUNT", help="prompts of the emoji yardstick, 300 in the docs")
+    parser.add_argument(
+        "--emoji",
+        type=int,
+        default=0,
+        metavar="COUNT",
+        help="prompts of the emoji yardstick, 300 in the docs",
+    )
     parser.add_argument("--font", help="NotoColorEmoji.ttf, where it is not found by itself")
     parser.add_argument("--no-kinds", action="store_true", help="only the table of whole choices")
     arguments = parser.parse_args()
@@ -234,7 +267,9 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(arguments.model)
     probe = Probe(reference, processor, arguments.batch)
     full = sum(parameter.numel() for parameter in reference.parameters())
-    print(f"`{arguments.model}`: {full / 1e6:.1f} million parameters, {arguments.threads} threads, torch {torch.__version__}")
+    print(
+        f"`{arguments.model}`: {full / 1e6:.1f} million parameters, {arguments.threads} threads, torch {torch.__version__}"
+    )
     del reference
     if not arguments.no_kinds:
         kinds_table(arguments.model, probe, full)

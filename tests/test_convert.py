@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from hf_argen import CodeForImageGeneration, MultiScaleVQModel, VarForImageGeneration, convert_original
@@ -14,6 +15,7 @@ from hf_argen.modeling.checkpoints import ConversionError
 from hf_argen.modeling.conversion import load_presets
 
 from .helpers.goldens import golden
+from .helpers.released import publish_tiny_preset, use_tiny_presets
 
 GROUPS = {"tokenizer": {"norm_num_groups": 4}}
 
@@ -470,46 +472,35 @@ def test_presets_are_complete(package, family):
 
 
 @pytest.fixture
-def hub(monkeypatch, reference):
+def released(hub, monkeypatch):
     """A Hub whose VAR repository holds the files of the reference case under the released names."""
-    presets = load_presets("hf_argen.modeling.var")
-    small = {**presets["var-d16"], "original_config": reference.original_config()}
-    monkeypatch.setattr(conversion, "load_presets", lambda package: {**presets, "var-d16": small})
-    files = reference.files("tokenizer", "transformer")
-    contents = {"var_d16.pth": files["transformer"], "vae_ch160v4096z32.pth": files["tokenizer"]}
-    calls = []
-
-    def download(repository, file, **kwargs):
-        calls.append((repository, file, kwargs))
-        return contents[file]
-
-    monkeypatch.setattr(conversion, "hf_hub_download", download)
-    return calls
+    use_tiny_presets(monkeypatch.setattr)
+    publish_tiny_preset(hub)
+    return hub
 
 
 @pytest.mark.parametrize(
     "source, variant",
     [("FoundationVision/var", "d16"), ("FoundationVision/var", "var-d16"), ("var-d16", None)],
 )
-def test_from_original_fetches_and_converts(hub, reference, source, variant, caplog):
-    model = VarForImageGeneration.from_original(source, variant=variant, revision="main")
+def test_from_original_fetches_and_converts(released, reference, source, variant, caplog):
+    HfApi().create_branch("FoundationVision/var", branch="other")
+    model = VarForImageGeneration.from_original(source, variant=variant, revision="other")
     assert states_equal(model, reference.convert())
-    assert {call[:2] for call in hub} == {
-        ("FoundationVision/var", "var_d16.pth"),
-        ("FoundationVision/var", "vae_ch160v4096z32.pth"),
-    }
-    assert all(call[2] == {"revision": "main"} for call in hub)
+    for name in ("var_d16.pth", "vae_ch160v4096z32.pth"):
+        assert released.requests("HEAD", f"FoundationVision/var/resolve/other/{name}")
+    assert not released.requests("HEAD", "resolve/main")
     config = model.generation_config
     assert (config.guidance_scale, config.top_k, config.top_p, config.do_sample) == (1.5, 900, 0.96, True)
     assert "Licence of var-d16" in caplog.text
 
 
-def test_from_original_reads_a_folder_of_the_released_files(hub, reference, tmp_path):
+def test_from_original_reads_a_folder_of_the_released_files(released, reference, tmp_path):
     files = reference.files("tokenizer", "transformer")
     for role, name in (("transformer", "var_d16.pth"), ("tokenizer", "vae_ch160v4096z32.pth")):
         (tmp_path / name).symlink_to(files[role])
     assert states_equal(VarForImageGeneration.from_original(str(tmp_path), "d16"), reference.convert())
-    assert not hub
+    assert not released.calls
 
 
 def test_from_original_lists_what_there_is():
@@ -528,7 +519,7 @@ def test_files_that_cannot_be_fetched(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no connection\ndetails")
 
-    monkeypatch.setattr(conversion, "hf_hub_download", fail)
+    monkeypatch.setattr(conversion, "fetch_file", fail)
     with pytest.raises(ConversionError, match=r"FoundationVision/var cannot be fetched \(no connection\)"):
         convert_original("var", "var-d16")
 

@@ -150,7 +150,10 @@ class AutoModelForImageGeneration:
         """
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = default_model()
+        from .modeling.loading import check_folder
+
         kwargs.pop("code_revision", None)  # pipeline() passes it on; no family of ours loads code
+        check_folder(pretrained_model_name_or_path, kwargs.get("variant"), kwargs.get("subfolder", ""))
         config = kwargs.pop("config", None)
         if config is None:
             hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -1,5 +1,7 @@
 """Small models and tokenizers with random weights."""
 
+from functools import cache
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast
@@ -66,6 +68,19 @@ def spread(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
             if not name.startswith("image_tokenizer.") and parameter.ndim > 1:
                 parameter.normal_(std=std)
     return model.eval()
+
+
+@cache
+def sized_var(seed: int) -> VarForImageGeneration:
+    """
+    A model whose saving takes long enough to be hit in the middle: about 9 MB. Read only.
+
+    Args:
+        seed: of its weights.
+    """
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
+    return VarForImageGeneration(var_config(**sizes)).eval()
 
 
 def tiny_var(**changes) -> VarForImageGeneration:

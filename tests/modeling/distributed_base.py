@@ -75,7 +75,9 @@ def matches(name: str, rule: str) -> bool:
     """Whether a rule of a plan is about a weight."""
     parts = [part if part != "*" else None for part in rule.split(".")]
     own = name.split(".")[: len(parts)]
-    return len(own) == len(parts) and all(part in (None, found) for part, found in zip(parts, own, strict=True))
+    return len(own) == len(parts) and all(
+        part in (None, found) for part, found in zip(parts, own, strict=True)
+    )
 
 
 def drawn(tests: Any, model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:

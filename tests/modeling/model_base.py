@@ -3,17 +3,22 @@
 import json
 import logging
 import os
+import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, Trainer
 
 from hf_argen.auto import FAMILIES
 from hf_argen.training import training_arguments
+
+from ..helpers.hostile import FOLDERS, assert_refused, context, flipped_headers, loaded_or_refused
+from ..helpers.kills import kill_at_change, run
 
 
 @contextmanager
@@ -79,6 +84,14 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """A batch as the data set that `Trainer` collates to it."""
     return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+
+def saving(tests, folder, seed):
+    """The work of a process that is killed: see `tests/helpers/kills.py`."""
+    torch.manual_seed(seed)
+    model = tests().make_model()
+    yield
+    model.save_pretrained(folder)
 
 
 class ModelTests:
@@ -174,6 +187,56 @@ class ModelTests:
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
         assert_same_tensors(model, self.model_class.from_pretrained(tmp_path))
 
+    def test_variants(self, model, tmp_path):
+        """Two sets of weights in one folder, in other numbers of shards and another dtype; neither changes the other."""
+        half = self.model_class.from_pretrained(self.saved(model, tmp_path), dtype=torch.bfloat16)
+        half.save_pretrained(tmp_path, variant="half", max_shard_size="20KB")
+        assert_same_tensors(model, self.model_class.from_pretrained(tmp_path))
+        again = self.model_class.from_pretrained(tmp_path, variant="half", dtype=torch.bfloat16)
+        assert_same_tensors(half, again)
+        model.save_pretrained(tmp_path, max_shard_size="20KB")
+        half.save_pretrained(tmp_path, variant="half")
+        assert_same_tensors(model, self.model_class.from_pretrained(tmp_path))
+        assert_same_tensors(
+            half, self.model_class.from_pretrained(tmp_path, variant="half", dtype="bfloat16")
+        )
+        assert len(list(tmp_path.glob("*half*"))) == 1
+
+    def test_pushed_model_comes_back(self, model, hub):
+        """In shards, and as a variant in half precision beside them; with its card, in one commit each."""
+        model.push_to_hub("tester/model", max_shard_size="50KB")
+        assert_same_tensors(model, self.model_class.from_pretrained("tester/model"))
+        assert type(AutoModel.from_pretrained("tester/model")) is type(AutoModel.from_config(model.config))
+        half = self.model_class.from_pretrained("tester/model", dtype=torch.bfloat16)
+        half.push_to_hub("tester/model", variant="half")
+        assert len(hub.repositories["tester/model"].branches["main"]) == 3
+        assert_same_tensors(model, self.model_class.from_pretrained("tester/model"))
+        loaded = self.model_class.from_pretrained("tester/model", variant="half", dtype=torch.bfloat16)
+        assert_same_tensors(half, loaded)
+        card = ModelCard(hub.files("tester/model")["README.md"].decode())
+        assert card.data.library_name == "hf_argen" and model.config.model_type in card.data.tags
+        assert (
+            self.model_class.__name__ in card.text and "from_pretrained" in card.text
+        ) or "pipeline" in card.text
+
+    def test_killed_while_saving(self, model, folder, tmp_path):
+        """Over an earlier model: it is the old one, the new one, or none."""
+        torch.manual_seed(4)
+        old = tensors_of(self.make_model())
+        _, changes = run(saving, type(self), self.saved_by_seed(4, tmp_path / "whole"), 3)
+        expected = tensors_of(self.model_class.from_pretrained(tmp_path / "whole"))
+        seen = []
+        for change in sorted(random.Random(0).sample(range(changes), 4)):
+            place = self.saved_by_seed(4, tmp_path / str(change))
+            assert kill_at_change(saving, (type(self), place, 3), change)
+            try:
+                found = tensors_of(self.model_class.from_pretrained(place))
+            except (OSError, ValueError):
+                continue
+            seen.append(found)
+        for found in seen:
+            assert any(all(torch.equal(found[n], t) for n, t in model.items()) for model in (old, expected))
+
     def test_auto_classes(self, model, folder, caplog):
         family = FAMILIES[model.config.model_type]
         with caplog_of_transformers(caplog):
@@ -184,6 +247,14 @@ class ModelTests:
         expected = model.state_dict()
         for name, tensor in base.state_dict().items():
             assert torch.equal(tensor, expected[prefix + name]), name
+
+    def saved(self, model, folder):
+        model.save_pretrained(folder)
+        return folder
+
+    def saved_by_seed(self, seed, folder):
+        torch.manual_seed(seed)
+        return self.saved(self.make_model(), folder)
 
     def edited(self, model, folder, change) -> None:
         """Saves `model` with weights that `change` has edited in place."""
@@ -230,14 +301,16 @@ class ModelTests:
         model.save_pretrained(tmp_path, max_shard_size="20KB")
         shard = sorted(tmp_path.glob("*.safetensors"))[1]
         shard.unlink()
-        with pytest.raises(ValueError, match=rf"A file of .* is missing \(.*{shard.name}\); fetch it again"):
+        with pytest.raises(
+            ValueError, match=rf"{shard.name} is missing in .*, but its index names it; fetch it"
+        ):
             self.model_class.from_pretrained(tmp_path)
 
     def test_pickle_with_code(self, model, tmp_path):
         model.config.save_pretrained(tmp_path)
         torch.save({"weight": RunsWhenUnpickled(tmp_path / "was_run")}, tmp_path / "pytorch_model.bin")
         with pytest.raises(
-            ValueError, match="a pickle that is damaged or holds code, and nothing of it was run"
+            ValueError, match=r"a pickle \(pytorch_model\.bin\), which may hold code and was not opened"
         ):
             self.model_class.from_pretrained(tmp_path)
         assert not (tmp_path / "was_run").exists()
@@ -247,12 +320,29 @@ class ModelTests:
             self.model_class.from_pretrained(tmp_path)
         shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
         (tmp_path / "generation_config.json").write_text("{")
-        with pytest.raises(ValueError, match=r"generation_config\.json' is not JSON"):
+        with pytest.raises(ValueError, match=r"generation_config\.json of .*; fetch it again"):
             self.model_class.from_pretrained(tmp_path)
         (tmp_path / "config.json").write_text("{")
         (tmp_path / "generation_config.json").unlink()
-        with pytest.raises(OSError, match=r"config file at .* is not a valid JSON file"):
+        with pytest.raises(ValueError, match=r"config\.json of .*; fetch it again"):
             self.model_class.from_pretrained(tmp_path)
+
+    def test_hostile_folders_are_refused(self, folder, tmp_path):
+        """One sentence each; nothing that a pickle says is done."""
+        for name, damage in FOLDERS.items():
+            copy = tmp_path / name / "saved"
+            shutil.copytree(folder, copy)
+            damage(copy)
+            with context(name):
+                assert_refused(lambda copy=copy: self.model_class.from_pretrained(copy))
+        assert not list(tmp_path.rglob("was_run"))
+
+    def test_flipped_bits_of_a_header_never_load_as_something_else(self, model, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "saved")
+        for _ in flipped_headers(tmp_path / "saved", count=20):
+            loaded = loaded_or_refused(lambda: self.model_class.from_pretrained(tmp_path / "saved"))
+            if loaded is not None:  # a bit that says nothing, such as one of the metadata
+                assert_same_tensors(model, loaded)
 
     def test_other_model_type(self, tmp_path):
         AutoConfig.for_model("gpt2").save_pretrained(tmp_path)

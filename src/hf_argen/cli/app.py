@@ -217,6 +217,26 @@ def _info(
     info_command(source)
 
 
+@app.command("push")
+def _push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved or converted model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="OWNER/NAME, or NAME for your own.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made now: only for you.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if there is none. Default: main.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Of the commit.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Propose it instead.")] = False,
+) -> None:
+    """Push a model to the Hub, whole and in one commit.
+
+    argen push OUT me/var-d16
+    """
+    from .pushing import push_command
+
+    push_command(folder, repo_id, private, revision, message, pull_request)
+
+
 @app.command("list")
 def _list() -> None:
     """List families, released checkpoints and decodings."""

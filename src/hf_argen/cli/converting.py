@@ -2,8 +2,6 @@
 
 import difflib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
+
+from ..storage import clear_remains, replaced_folder
 
 
 def convert_command(
@@ -33,6 +33,7 @@ def convert_command(
     from ..convert import convert_original, preset_named
     from ..modeling.conversion import load_presets
 
+    clear_remains(out)
     _check_out(out, force)
     preset = preset_named(source)
     if preset is None and source not in FAMILIES:
@@ -106,25 +107,14 @@ def _value(text: str) -> Any:
 
 
 def _write(model: Any, out: Path) -> None:
-    """Writes model and processor beside `out` first, so that an interruption leaves `out` as it was."""
+    """Writes model and processor; an interruption leaves `out` as it was."""
     from ..auto import new_processor
 
     processor = new_processor(model.config)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (out.with_name(f".{out.name}.{state}-{os.getpid()}") for state in ("new", "old"))
-    try:
-        model.save_pretrained(fresh)
+    with replaced_folder(out) as folder:
+        model.save_pretrained(folder)
         if processor is not None:
-            processor.save_pretrained(fresh)
-        if out.exists():
-            out.rename(old)
-        fresh.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
+            processor.save_pretrained(folder)
 
 
 @contextmanager

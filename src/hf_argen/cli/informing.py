@@ -1,12 +1,11 @@
 """`argen info`."""
 
-import json
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..modeling.headers import DamagedFileError, read_header
 from .files import FORMATS, read_record
 from .listing import conditions, guarantee, licence, licence_of, measured, picture_size
 from .opening import cannot_open, locate, quiet
@@ -139,11 +138,9 @@ def _count(files: list[Path]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for file in files:
         try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (ValueError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file.") from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+            header = read_header(file)
+        except DamagedFileError as error:
+            raise ValueError(f"{file} {error}; fetch it again.") from error
+        for tensor in header.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.elements
     return counts

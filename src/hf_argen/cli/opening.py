@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..modeling.headers import DamagedFileError, read_json
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file of weights, for its fingerprint
@@ -47,12 +49,14 @@ def open_pipeline(model: str | None, dtype: str, quantize: str | None, device: s
 
 def _load(model: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     from ..auto import AutoModelForImageGeneration, new_processor
     from ..convert import convert_original
+    from ..modeling.loading import check_folder
 
     place, preset = locate(model)
+    check_folder(place)
     if preset is not None:
         if quantize is not None:
             raise ValueError(
@@ -68,11 +72,22 @@ def _load(model: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any
         loaded = AutoModelForImageGeneration.from_pretrained(place, config=config, **options)
     except OSError as error:
         raise ValueError(cannot_open(place, error)) from error
+    return loaded, _processor(place)
+
+
+def _processor(place: str) -> Any:
+    """The processor that was saved, `None` without one; the pipeline makes one then, where that is possible."""
+    from transformers import AutoProcessor
+
+    file = Path(place) / "processor_config.json"
     try:
-        processor = AutoProcessor.from_pretrained(place)
-    except OSError:  # saved without one; the pipeline makes one where that is possible
-        processor = None
-    return loaded, processor
+        if file.is_file():
+            read_json(file)
+        return AutoProcessor.from_pretrained(place)
+    except DamagedFileError as error:
+        raise ValueError(f"{file.name} of {place!r} {error}; fetch it again.") from error
+    except OSError:
+        return None
 
 
 def locate(model: str | None) -> tuple[str, Any]:

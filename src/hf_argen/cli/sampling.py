@@ -157,7 +157,9 @@ def _completed(
     is_text = draw.condition_type == "text"
     if all_classes:
         if is_text:
-            raise ValueError("This model draws prompts and has no classes; give --list with one prompt a line.")
+            raise ValueError(
+                "This model draws prompts and has no classes; give --list with one prompt a line."
+            )
         lines = [str(label) for label in range(draw.model.config.num_classes)]
     if lines is not None:
         which = {"prompts": list(lines)} if is_text else {"classes": list(lines)}
@@ -168,9 +170,7 @@ def _completed(
     return request.resolved(draw.model, fingerprint(request.model, draw.model.config))
 
 
-def _draw(
-    draw: Any, request: SampleRequest, store: Store, missing: Sequence[int], processes: Crew
-) -> None:
+def _draw(draw: Any, request: SampleRequest, store: Store, missing: Sequence[int], processes: Crew) -> None:
     """Draws and writes the share of this process."""
     pictures, batches = request.pictures(), store.batches()
     own = missing[processes.rank :: processes.size]

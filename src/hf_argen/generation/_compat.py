@@ -163,3 +163,22 @@ def without_load_report(unless: bool = False) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_kept)
+
+
+class InspectedLoading:
+    """Calls `inspect_checkpoint` of a model that `from_pretrained` has built, before it reads any weight."""
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if checkpoint_files is not None and state_dict is None:
+            model.inspect_checkpoint(checkpoint_files, load_config.is_quantized)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..hub import fetch_file
+from .cards import provenance
 from .checkpoints import ConversionError, read_checkpoint, tensors_at
 from .key_map import KeyMap, StateDict
 
 logger = logging.getLogger(__name__)
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PERMISSIVE_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause")
 
 
@@ -240,11 +242,11 @@ def _check_keys(converter: Converter, role: str, state_dict: StateDict, file: st
 
 def _one_dtype(state: StateDict) -> StateDict:
     """A part in one floating dtype, the widest that its file holds."""
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in state.values()} & set(WEIGHT_DTYPES)
     if len(dtypes) < 2:
         return state
     dtype = reduce(torch.promote_types, dtypes)
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    return {key: tensor.to(dtype) if tensor.dtype in dtypes else tensor for key, tensor in state.items()}
 
 
 def _build(plan: ConversionPlan) -> PreTrainedModel:
@@ -278,9 +280,9 @@ def _check_fit(model: PreTrainedModel, state: StateDict, plan: ConversionPlan) -
                 f"{name(key)} has the shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)} of "
                 "ours."
             )
-        if tensor.is_floating_point() and not state[key].is_floating_point():
+        if tensor.is_floating_point() and state[key].dtype not in WEIGHT_DTYPES:
             raise ConversionError(
-                f"{name(key)} has the dtype {state[key].dtype}; give a checkpoint in floating point."
+                f"{name(key)} has the dtype {state[key].dtype}; give a checkpoint in floating point of 16 bits or more."
             )
 
 
@@ -351,13 +353,14 @@ def convert_preset(
     model = convert(converter_of(family_package), files, preset["original_config"])
     for option, value in preset.get("generation_config", {}).items():
         setattr(model.generation_config, option, value)
+    model.config.original_checkpoint = provenance(name, preset)
     return model
 
 
 def _fetch(repository: str, file: str, source: str, hub_kwargs: Mapping[str, Any]) -> str:
     kwargs = {k: v for k, v in hub_kwargs.items() if k != "revision" or repository == source}
     try:
-        return hf_hub_download(repository, file, **kwargs)
+        return fetch_file(repository, file, **kwargs)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConversionError(
             f"{file} of the Hub repository {repository} cannot be fetched "

@@ -54,9 +54,9 @@ def quantized(options: dict[str, Any]) -> dict[str, Any]:
     options = {**options, "quantization_config": copy.deepcopy(quantization)}
     given = options.pop("torch_dtype", None)
     dtype = options["dtype"] = options.get("dtype") or given or torch.bfloat16
-    if getattr(quantization, "load_in_4bit", False) and isinstance(dtype, torch.dtype):
-        if quantization.bnb_4bit_compute_dtype == torch.float32:
-            options["quantization_config"].bnb_4bit_compute_dtype = dtype
+    in_4bit = getattr(quantization, "load_in_4bit", False) and isinstance(dtype, torch.dtype)
+    if in_4bit and quantization.bnb_4bit_compute_dtype == torch.float32:
+        options["quantization_config"].bnb_4bit_compute_dtype = dtype
     return options
 
 

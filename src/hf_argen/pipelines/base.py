@@ -13,6 +13,8 @@ from transformers.tokenization_utils_base import BatchEncoding
 
 from ..auto import new_processor
 from ..generation.mixin import ImageGenerationMixin
+from ..modeling.saving import PUSHING, model_folder, push_with_card
+from ..storage import final_name
 
 MAX_BATCH = 16  # inputs that are drawn at once, unless batch_size says otherwise
 MAX_IMAGES_PER_PROMPT = 1000
@@ -69,12 +71,24 @@ class ImageGenerationPipeline(Pipeline):
         if self._batch_size is None:
             self._batch_size = MAX_BATCH
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes model and processor to a folder that `pipeline(task, folder)` opens; takes `push_to_hub` too."""
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file; give a folder.")
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory, **kwargs)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Writes model, processor and model card to a folder that `pipeline(task, folder)` opens; whole or not at all.
+
+        Args:
+            push_to_hub: push the folder too; then also `repo_id` (default: the folder's name), `private`, `token`, ...,
+                see [`~hf_argen.hub.push_folder`].
+            kwargs: of the model's `save_pretrained`: `max_shard_size`, `variant`, ...
+        """
+        pushing = {name: kwargs.pop(name) for name in ("repo_id", *PUSHING) if name in kwargs}
+        with model_folder(save_directory) as folder:
+            self.model.save_pretrained(folder, **kwargs)
+            self.processor.save_pretrained(folder)
+        if push_to_hub:
+            repo_id = pushing.pop("repo_id", final_name(save_directory))
+            push_with_card(save_directory, self.model.model_card(repo_id), repo_id, **pushing)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, list | tuple) and not inputs:

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..storage import check_links, merged_folder
 from .class_names import find_class
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -60,13 +62,19 @@ class ImageGenerationProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> Any:
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        """As in transformers, with the tokenizer; each file whole or not at all."""
+        with merged_folder(save_directory) as folder:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            written = super().save_pretrained(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
+        return [str(Path(save_directory) / Path(path).name) for path in written or ()]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or a Hub repository."""
+        check_links(pretrained_model_name_or_path)
         options, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         options = {key: value for key, value in options.items() if key != "processor_class"}
         tokenizer = None

@@ -92,7 +92,9 @@ class NextScalePredictor(Predictor):
         logits = self.model.scale_logits(
             self._condition, tokens, positions[0], positions[-1] + 1, self._cache, self.scale_lengths[scale]
         )
-        logits = logits.to(self._condition.device)  # of a model on several devices, the head may be on another
+        logits = logits.to(
+            self._condition.device
+        )  # of a model on several devices, the head may be on another
         self.calls += 1
         if not self.is_guided:
             return logits
