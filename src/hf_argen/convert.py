@@ -57,8 +57,7 @@ def convert_original(
     if files not in names:
         raise ConversionError(
             f"{found.name} has no preset {str(files)!r}{_closest(str(files), names)}; it has "
-            f"{', '.join(names) or 'none'}. "
-            "Give files of your own as a dict of role and path."
+            f"{', '.join(names) or 'none'}. Give files of your own as a dict of role and path."
         )
     return convert_preset(found.package, str(files))
 

@@ -73,8 +73,7 @@ def tensors_at(content: Mapping, path: Sequence[str], role: str, file: str | Pat
     if strange or not content:
         raise ConversionError(
             f"{what} is not a plain dict of tensors; {_entries(content)}. Give the file that holds the "
-            "weights alone, "
-            "or give this one in the role that reads nested checkpoints."
+            "weights alone, or give this one in the role that reads nested checkpoints."
         )
     _check_extent(content, what, file)
     return dict(content)
@@ -126,8 +125,7 @@ def _read_folder(folder: Path, role: str) -> dict[str, torch.Tensor]:
     elif indexes or len(files) != 1:
         raise ConversionError(
             f"The {role} folder {str(folder)!r} holds {len(indexes)} safetensors indexes and {len(files)} "
-            "safetensors "
-            "files; give a folder with one of either, or the path of the file."
+            "safetensors files; give a folder with one of either, or the path of the file."
         )
     for file in files:
         if not file.exists():
@@ -176,8 +174,7 @@ def _read_pickle(path: Path, what: str, allowed_globals: Sequence[Callable]) -> 
         if code:
             raise ConversionError(
                 f"{what} is a pickle that holds code ({code.group(1)}), and nothing of it was run; save its "
-                "weights "
-                "as a plain dict of tensors where you trust the file."
+                "weights as a plain dict of tensors where you trust the file."
             ) from error
         raise ConversionError(
             f"{what} is not a checkpoint written by torch.save, or it is damaged."

@@ -77,8 +77,8 @@ class OriginalArguments:
             if name not in self.known:
                 raise ConversionError(
                     f"original_config[{self.role!r}] has the unknown argument "
-                    f"{name!r}{_closest(name, self.known)}; "
-                    f"the arguments are {', '.join(sorted(self.known))}."
+                    f"{name!r}{_closest(name, self.known)}; the arguments are "
+                    f"{', '.join(sorted(self.known))}."
                 )
 
 
@@ -271,8 +271,7 @@ def _check_fit(model: PreTrainedModel, state: StateDict, plan: ConversionPlan) -
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ConversionError(
                 f"The checkpoint does not fill {plan.model_class.__name__}: {kind} {listed}{more}; the file "
-                "is "
-                "incomplete, or of a variant that this family does not have."
+                "is incomplete, or of a variant that this family does not have."
             )
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
@@ -364,6 +363,6 @@ def _fetch(repository: str, file: str, source: str, hub_kwargs: Mapping[str, Any
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConversionError(
             f"{file} of the Hub repository {repository} cannot be fetched "
-            f"({str(error).strip().splitlines()[0]}); "
-            "check the connection, or give the files that you have by role."
+            f"({str(error).strip().splitlines()[0]}); check the connection, or give the files that you have "
+            "by role."
         ) from error

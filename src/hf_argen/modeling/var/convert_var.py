@@ -100,8 +100,7 @@ def _heads(state_dict: StateDict, given: OriginalArguments, width: int, use_qk_n
     if heads is None or width % heads:
         raise ConversionError(
             f"The {given.role} is {width} wide and has no learned scale that would tell its heads; give "
-            "their number, "
-            f"a divisor of {width}, as original_config[{given.role!r}]['num_heads']."
+            f"their number, a divisor of {width}, as original_config[{given.role!r}]['num_heads']."
         )
     return heads
 
@@ -118,8 +117,7 @@ def _scales(state_dict: StateDict, given: OriginalArguments) -> list:
     if any(math.isqrt(length) ** 2 != length for length in lengths):
         raise ConversionError(
             f"The scales of the {given.role} have {lengths} tokens, which are not all squares; give their "
-            "sides as "
-            f"original_config[{given.role!r}]['patch_nums']."
+            f"sides as original_config[{given.role!r}]['patch_nums']."
         )
     return [math.isqrt(length) for length in lengths]
 
@@ -140,8 +138,7 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
     if "tokenizer" not in weights:
         raise ConversionError(
             "The role 'tokenizer' is missing: VAR's transformer files never hold the image tokenizer. Give "
-            "its file "
-            "too, for the released models vae_ch160v4096z32.pth."
+            "its file too, for the released models vae_ch160v4096z32.pth."
         )
     from .modeling_var import VarForImageGeneration
 
@@ -169,8 +166,7 @@ def check_same_codes(fields: Mapping[str, Any], tokenizer: Any, role: str) -> No
     if own != theirs:
         raise ConversionError(
             f"The {role} was trained on {own[0]} codes of {own[1]} channels, but the tokenizer has "
-            f"{theirs[0]} of "
-            f"{theirs[1]}; give the tokenizer that belongs to it."
+            f"{theirs[0]} of {theirs[1]}; give the tokenizer that belongs to it."
         )
 
 

@@ -139,8 +139,7 @@ def _scales(state_dict: StateDict, given: OriginalArguments, patch_nums: list | 
     if counted != len(RELEASED_PATCH_NUMS):
         raise ConversionError(
             f"The tokenizer was made for {counted or 'an unknown number of'} scales, whose sizes its weights "
-            "do not "
-            "tell; give them as original_config['tokenizer']['v_patch_nums']."
+            "do not tell; give them as original_config['tokenizer']['v_patch_nums']."
         )
     return RELEASED_PATCH_NUMS
 
