@@ -186,7 +186,8 @@ class DrawRequest:
             if name in fields:
                 value = fields.pop(name)
                 fields[plural] = value if isinstance(value, list) else [value]
-        kinds = {name: get_type_hints(cls)[name] for name in (one.name for one in dataclasses.fields(cls))}
+        hints = get_type_hints(cls)
+        kinds = {one.name: hints[one.name] for one in dataclasses.fields(cls)}
         for name, value in fields.items():
             if name not in kinds:
                 raise ValueError(

@@ -121,7 +121,8 @@ class FolderStore(Store):
 
     def write(self, number: int, pictures: Sequence[Image.Image], records: Sequence[dict[str, Any]]) -> None:
         for index, picture, record in zip(self.batches()[number], pictures, records, strict=True):
-            write_picture(self.path(index), picture, record)
+            if not self.path(index).exists():
+                write_picture(self.path(index), picture, record)
 
     def finish(self) -> None:
         self.remove_leftovers()
