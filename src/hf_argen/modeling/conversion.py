@@ -276,8 +276,7 @@ def _check_fit(model: PreTrainedModel, state: StateDict, plan: ConversionPlan) -
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise ConversionError(
-                f"{name(key)} has the shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)} of "
-                "ours."
+                f"{name(key)} has the shape {tuple(state[key].shape)}; ours has {tuple(tensor.shape)}."
             )
         if tensor.is_floating_point() and state[key].dtype not in WEIGHT_DTYPES:
             raise ConversionError(
@@ -324,14 +323,12 @@ def convert_from_hub(
         and (wanted is None or wanted in (name, name.removeprefix(f"{family}-")))
     ]
     if len(found) != 1:
+        known = ", ".join(
+            f"{preset['repository']} {name.removeprefix(f'{family}-')}" for name, preset in presets.items()
+        )
         raise ConversionError(
-            f"{source!r} with variant={variant!r} is not one of the released checkpoints of {family}; they "
-            "are "
-            + ", ".join(
-                f"{preset['repository']} {name.removeprefix(f'{family}-')}"
-                for name, preset in presets.items()
-            )
-            + "."
+            f"{source!r} with variant={variant!r} is not one of the released checkpoints of {family}; they are "
+            f"{known}."
         )
     return convert_preset(family_package, found[0], folder, **hub_kwargs)
 
