@@ -56,7 +56,17 @@ def whole(model, tmp_path_factory):
     """Three pictures of each class, drawn without interruption: the file of arrays and the folder."""
     folder = tmp_path_factory.mktemp("whole")
     for out in ("whole.npz", "whole"):
-        arguments = ["sample", "--model", model, "-o", str(folder / out), *OPTIONS, "--all-classes", "-n", "3"]
+        arguments = [
+            "sample",
+            "--model",
+            model,
+            "-o",
+            str(folder / out),
+            *OPTIONS,
+            "--all-classes",
+            "-n",
+            "3",
+        ]
         assert main(arguments) == 0
     return folder / "whole.npz", folder / "whole"
 
