@@ -1,21 +1,16 @@
 """`convert_original` on the reference checkpoints, and everything that it refuses."""
 
 import argparse
-import json
 import warnings
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from hf_argen import CodeForImageGeneration, MultiScaleVQModel, VarForImageGeneration, convert_original
-from hf_argen.modeling import conversion
 from hf_argen.modeling.checkpoints import ConversionError
-from hf_argen.modeling.conversion import load_presets
 
-from .helpers.goldens import golden
-from .helpers.released import publish_tiny_preset, use_tiny_presets
+from .helpers.goldens import golden, states_equal
 
 GROUPS = {"tokenizer": {"norm_num_groups": 4}}
 
@@ -43,11 +38,6 @@ def edited(reference, tmp_path):
         return files
 
     return edit
-
-
-def states_equal(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 # What is inferred
@@ -453,75 +443,6 @@ def test_scales_that_cannot_be_known(reference):
 def test_tokenizer_of_another_model(files):
     other = golden("var", "d2_adaln_nol2_q1").files("tokenizer")
     refuses({**files, **other}, "trained on 96 codes of 8 channels, but the tokenizer has 50 of 4")
-
-
-# Released checkpoints
-
-
-@pytest.mark.parametrize(
-    "package, family", [("hf_argen.modeling.var", "var"), ("hf_argen.modeling.code", "code")]
-)
-def test_presets_are_complete(package, family):
-    presets = load_presets(package)
-    for name, preset in presets.items():
-        assert name.startswith(f"{family}-")
-        assert preset["files"].keys() == preset["original_config"].keys()
-        assert preset.keys() >= {"description", "repository", "metric", "licence", "licence_note"}
-        assert name == "var-tokenizer" or preset["generation_config"]["do_sample"] is True
-    assert json.loads(json.dumps(presets)) == presets
-
-
-@pytest.fixture
-def released(hub, monkeypatch):
-    """A Hub whose VAR repository holds the files of the reference case under the released names."""
-    use_tiny_presets(monkeypatch.setattr)
-    publish_tiny_preset(hub)
-    return hub
-
-
-@pytest.mark.parametrize(
-    "source, variant",
-    [("FoundationVision/var", "d16"), ("FoundationVision/var", "var-d16"), ("var-d16", None)],
-)
-def test_from_original_fetches_and_converts(released, reference, source, variant, caplog):
-    HfApi().create_branch("FoundationVision/var", branch="other")
-    model = VarForImageGeneration.from_original(source, variant=variant, revision="other")
-    assert states_equal(model, reference.convert())
-    for name in ("var_d16.pth", "vae_ch160v4096z32.pth"):
-        assert released.requests("HEAD", f"FoundationVision/var/resolve/other/{name}")
-    assert not released.requests("HEAD", "resolve/main")
-    config = model.generation_config
-    assert (config.guidance_scale, config.top_k, config.top_p, config.do_sample) == (1.5, 900, 0.96, True)
-    assert "Licence of var-d16" in caplog.text
-
-
-def test_from_original_reads_a_folder_of_the_released_files(released, reference, tmp_path):
-    files = reference.files("tokenizer", "transformer")
-    for role, name in (("transformer", "var_d16.pth"), ("tokenizer", "vae_ch160v4096z32.pth")):
-        (tmp_path / name).symlink_to(files[role])
-    assert states_equal(VarForImageGeneration.from_original(str(tmp_path), "d16"), reference.convert())
-    assert not released.calls
-
-
-def test_from_original_lists_what_there_is():
-    for source, variant in (
-        ("FoundationVision/var", None),
-        ("FoundationVision/var", "d99"),
-        ("someone/else", "d16"),
-    ):
-        with pytest.raises(
-            ConversionError, match="they are FoundationVision/var d16, FoundationVision/var d20"
-        ):
-            VarForImageGeneration.from_original(source, variant)
-
-
-def test_files_that_cannot_be_fetched(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no connection\ndetails")
-
-    monkeypatch.setattr(conversion, "fetch_file", fail)
-    with pytest.raises(ConversionError, match=r"FoundationVision/var cannot be fetched \(no connection\)"):
-        convert_original("var", "var-d16")
 
 
 def test_conversion_warns_about_nothing(reference):

@@ -58,6 +58,8 @@ def convert(folder, transformer="transformer.pth"):
     return convert_original("var", files, GROUPS)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")  # of zipfile, which writes it
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_hostile_archives_are_refused(originals, tmp_path, name):
     shutil.copytree(originals, tmp_path / "files")

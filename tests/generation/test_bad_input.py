@@ -287,6 +287,8 @@ def test_mask_of_the_wrong_shape(model, shape):
         ({"pixel_values": PICTURE.numpy(), "keep_mask": MASK}, "pixel_values are given as ndarray"),
         ({"pixel_values": PICTURE, "keep_mask": "left"}, "keep_mask is a str; give a tensor"),
         ({"input_ids": TOKENS[:, :20], "keep_mask": MASK}, r"ids have the shape \(1, 20\)"),
+        ({"input_ids": TOKENS.float(), "keep_mask": MASK}, r"ids are torch\.float32; give whole numbers"),
+        ({"pixel_values": PICTURE.byte(), "keep_mask": MASK}, r"pixel_values are torch\.uint8"),
         ({"input_ids": TOKENS + 16, "keep_mask": MASK}, r"ids lie in \[16, 16\]; the codebook has 16 codes"),
     ],
 )

@@ -72,3 +72,9 @@ def assert_same_image(actual: torch.Tensor, expected: torch.Tensor, tolerance: f
     """Pixels within `tolerance`."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max().item() <= tolerance
+
+
+def states_equal(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether both hold the same weights, bit by bit."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -66,6 +66,18 @@ class TokenizerTests(ModelTests):
             with pytest.raises(ValueError, match=r"shape \(.*\); expected \(batch, "):
                 model(torch.zeros(shape))
 
+    def test_picture_of_bytes(self, model):
+        for function in (model.encode, model):
+            with pytest.raises(ValueError, match=r"pixel_values are torch\.uint8; give floating point"):
+                function(torch.zeros(1, *self.picture, dtype=torch.uint8))
+
+    def test_training_picture_of_an_odd_size(self, model):
+        channels, height, width = self.picture
+        with pytest.raises(
+            ValueError, match=f"are {height}x{width - 1} pixels; both sides must be multiples"
+        ):
+            model(torch.zeros(1, channels, height, width - 1))
+
     def test_ids_that_are_none(self, model):
         if self.codebook_size is None:
             return
@@ -74,6 +86,8 @@ class TokenizerTests(ModelTests):
                 model.decode(torch.full((1, self.num_tokens), bad))
         with pytest.raises(ValueError, match=rf"need \(batch, {self.num_tokens}\)"):
             model.decode(torch.zeros(1, self.num_tokens + 1, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"shape \(1, \d+\); expected .* Ids are whole numbers"):
+            model.decode(torch.zeros(1, self.num_tokens))
 
     def check_trained(self, model):
         torch.manual_seed(3)

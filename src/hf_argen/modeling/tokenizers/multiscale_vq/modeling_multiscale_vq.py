@@ -130,6 +130,11 @@ class MultiScaleVQModel(StrictPreTrainedModel):
         """
         if not codes.is_floating_point():
             codes = self.quantizer.feature_maps(codes, self._grids(patch_nums))[-1]
+        elif codes.ndim != 4 or codes.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"The feature map has the shape {tuple(codes.shape)}; expected (batch, {self.config.latent_channels}, "
+                "height, width). Ids are whole numbers."
+            )
         return self.decode_latents(codes).clamp(-1, 1)
 
     def decode_scales(
@@ -193,12 +198,21 @@ class MultiScaleVQModel(StrictPreTrainedModel):
                 f"pixel_values have the shape {tuple(pixel_values.shape)}; expected (batch, "
                 f"{self.config.in_channels}, height, width)."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}; give floating point numbers in [-1, 1]."
+            )
+        factor = self.config.downsampling_factor
+        if any(side == 0 or side % factor for side in pixel_values.shape[-2:]):
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; both sides must be "
+                f"multiples of {factor}."
+            )
 
     def _check_size(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> None:
-        self._check_pixels(pixel_values)
         factor = self.config.downsampling_factor
         expected = (grids[-1][0] * factor, grids[-1][1] * factor)
-        if tuple(pixel_values.shape[-2:]) != expected:
+        if pixel_values.ndim == 4 and tuple(pixel_values.shape[-2:]) != expected:
             raise ValueError(
                 f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; the last scale "
                 f"{grids[-1]} needs {expected[0]}x{expected[1]}: resize the picture or pass other patch_nums."

@@ -134,6 +134,8 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(
                 f"ids have the shape {tuple(ids.shape)}; the scales {grids} need (batch, {counts})."
             )
+        if ids.is_floating_point():
+            raise ValueError(f"ids are {ids.dtype}; give whole numbers.")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.codebook_size:
             raise ValueError(
                 f"ids lie in [{int(ids.min())}, {int(ids.max())}]; the codebook has {self.config.codebook_size} codes."
