@@ -1,6 +1,7 @@
 """`convert_original` on the reference checkpoints, and everything that it refuses."""
 
 import argparse
+import json
 import warnings
 
 import pytest
