@@ -1,14 +1,15 @@
 # Every target sets up what it needs, from nothing but Python 3.11 or newer. Run again, it does only what changed.
 #
 # torch is pinned and installed first and by itself; the rest is installed under a constraint that keeps that build.
-# The default takes the wheel of the package index in use. To have another build:
-#     make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"      the CPU build, without CUDA
+# On Linux without an NVIDIA driver it is the CPU build, from the package index in use or from torch's own; elsewhere
+# what the package index has. To have another build:
 #     make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cu130"    a certain CUDA build
 #     make install TORCH=torch==2.11.0                                                another version
 # (`make clean` first, where one is already installed.)
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OLDEST_TORCH ?= $(TORCH)
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
 PYTHON ?=
@@ -63,7 +64,15 @@ define with_torch
 	done; \
 	echo "hf_argen needs Python 3.11 or newer: install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 	exit 1
-	$(@D)/bin/python $(PIP) install $(TORCH_ARGS) "$(1)"
+	@install="$(@D)/bin/python $(PIP) install"; \
+	if [ "$$(uname -s)" != Linux ] || [ -n "$(TORCH_ARGS)" ] || command -v nvidia-smi >/dev/null; then \
+		$$install $(TORCH_ARGS) "$(1)"; \
+	else \
+		$$install "$(1)+cpu" 2>/dev/null \
+			|| $$install --retries 1 --timeout 10 --index-url $(TORCH_CPU_INDEX) "$(1)" 2>/dev/null \
+			|| { echo "No CPU build of $(1) within reach; taking the one that the package index has." >&2; \
+				$$install "$(1)"; }; \
+	fi
 	@$(@D)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 endef
 
