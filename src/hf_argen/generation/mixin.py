@@ -1,6 +1,6 @@
 """`generate()` of the image families: check the request, build the predictor, run the decoding, pack the output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +113,7 @@ class ImageGenerationMixin(GenerationMixin):
                 that give NaN.
         """
         config = prepare_options(self, generation_config, kwargs)
-        chosen = self._choose_decoding(decoding, config)
-        if decoding is None:
-            chosen = chosen.under(kwargs)
+        chosen = self._choose_decoding(decoding, config, kwargs)
         check_helpers(generator, logits_processor, stopping_criteria, streamer)
         warn_of_slow_dtype(self.dtype, self.input_device, stacklevel=3)
         if (group := _compat.tensor_parallel_group(self)) is not None:
@@ -132,9 +130,7 @@ class ImageGenerationMixin(GenerationMixin):
         edit = prepare_edit(self, pixel_values, input_ids, keep_mask, batch_size)
         predictor = self.predictor_class(self, self._guidance(config, guidance_schedule))
         num_steps = None if config.max_new_tokens is None else predictor.steps_for(config.max_new_tokens)
-        config.guidance_scale = (
-            None  # the predictor guides; a processor of transformers would do so once more
-        )
+        config.guidance_scale = None  # the predictor guides; transformers' processor would do so once more
         processors, criteria = _compat.prepare_processors(
             self,
             config,
@@ -158,14 +154,7 @@ class ImageGenerationMixin(GenerationMixin):
         )
         if streamer is not None:
             streamer.end()
-        if not bool(result.is_finite):
-            overflow = (
-                ", or float16 overflows: use dtype=torch.bfloat16" if self.dtype == torch.float16 else ""
-            )
-            raise ValueError(
-                f"{type(self).__name__} produced NaN or infinite logits; its weights are damaged: load the checkpoint "
-                f"again{overflow}."
-            )
+        self._check_finite(result)
         return self._pack(result, inputs, config)
 
     def _guidance(self, config: GenerationConfig, schedule: GuidanceSchedule | None) -> Guidance:
@@ -173,7 +162,10 @@ class ImageGenerationMixin(GenerationMixin):
             schedule = getattr(config, "guidance_schedule", None) or self.default_guidance_schedule
         return Guidance(config.guidance_scale or 0.0, schedule)
 
-    def _choose_decoding(self, decoding: Any, config: GenerationConfig) -> Decoding:
+    def _choose_decoding(
+        self, decoding: Any, config: GenerationConfig, options: Mapping[str, Any] | None = None
+    ) -> Decoding:
+        """The decoding that is named, else the stored or the plain one, in which the call's own `options` win."""
         from .decoding import available
 
         if decoding is not None:
@@ -181,8 +173,18 @@ class ImageGenerationMixin(GenerationMixin):
         else:
             default = getattr(self, "default_decoding", self.predictor_class.default_decoding)
             chosen = Decoding.from_config(config) or available()[default]()
+            chosen = chosen.under(options or {})
         chosen.check_fits(self)
         return chosen
+
+    def _check_finite(self, result: DecodingResult) -> None:
+        if bool(result.is_finite):
+            return
+        overflow = ", or float16 overflows: use dtype=torch.bfloat16" if self.dtype == torch.float16 else ""
+        raise ValueError(
+            f"{type(self).__name__} produced NaN or infinite logits; its weights are damaged: load the checkpoint "
+            f"again{overflow}."
+        )
 
     def _pack(self, result: DecodingResult, inputs: dict[str, Any], config: GenerationConfig) -> Any:
         if not config.return_dict_in_generate:
