@@ -28,7 +28,7 @@ help: ## show this list
 
 install: $(VENV)/ready ## install the package into .venv
 
-demo: $(VENV)/ready ## generate pictures
+demo: $(VENV)/ready ## draw pictures from words with the model of the package
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/ready-dev ## run the tests: no network, no GPU

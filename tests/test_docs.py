@@ -6,6 +6,7 @@ holds the files of `originals`. A block of ```python no-run needs the network an
 ```python file=NAME is written to that file; files called test_* are run by pytest after the other blocks of the page.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -21,7 +22,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hf_argen import MultiScaleVQConfig, VarConfig, VarForImageGeneration, convert_original
+from hf_argen.assets import DEFAULT_NAME
 from hf_argen.auto import FAMILIES, new_processor
+from hf_argen.cli.files import read_record
+from hf_argen.cli.opening import fingerprint
+from hf_argen.data.emoji import emoji_list
 from hf_argen.modeling.conversion import converter_of, load_presets
 from hf_argen.modeling.tokenizers.multiscale_vq.convert_multiscale_vq import TOKENIZER
 from hf_argen.modeling.var.convert_var import TRANSFORMER
@@ -184,6 +189,23 @@ def test_the_readme_has_every_family_and_checkpoint():
         assert f"`{class_name}`" in row[1]
         assert set(re.findall(r"`([^`]+)`", row[2])) == load_presets(family.package).keys()
         assert all(number in row[3] for number in re.findall(r"arXiv ([\d.]+)", family.title))
+
+
+def test_pictures_were_drawn_by_the_model_of_the_package():
+    pictures = sorted((REPOSITORY / "docs" / "pictures").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        record = read_record(picture)
+        again = f"argen generate --again {picture} --model {DEFAULT_NAME} -o {picture}"
+        assert record["model"] == DEFAULT_NAME and record["weights"] == fingerprint(None, None), again
+
+
+def test_prompts_that_are_called_unseen_are():
+    seen = {words for one in emoji_list() for words in (*one.captions, *one.keywords)}
+    prompts = read_record(REPOSITORY / "docs" / "pictures" / "unseen.png")["prompt"]
+    demo = (REPOSITORY / "examples" / "demo.py").read_text(encoding="utf-8")
+    in_demo = ast.literal_eval(re.search(r"^UNSEEN = (\(.*?\))", demo, re.MULTILINE | re.DOTALL)[1])
+    assert len(in_demo) >= 2 and not seen & {*prompts, *in_demo}
 
 
 def test_the_roles_of_the_files_are_listed():

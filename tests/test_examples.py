@@ -2,11 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig
+
+from hf_argen.assets import default_model
+from hf_argen.cli import main
 
 from .helpers.goldens import REPOSITORY
 
@@ -29,22 +34,48 @@ def demo(tmp_path_factory):
     return folder, run("demo.py", folder)
 
 
-def test_demo_writes_a_sheet_and_an_animation(demo):
+def cells(path, columns, rows):
+    """The pictures of a sheet."""
+    with Image.open(path) as sheet:
+        width, height = (sheet.width - 8) // columns, (sheet.height - 8) // rows
+        return {
+            sheet.crop((8 + x * width, 8 + y * height, 136 + x * width, 136 + y * height)).tobytes()
+            for x in range(columns)
+            for y in range(rows)
+        }
+
+
+def test_demo_writes_sheets_and_an_animation(demo):
     folder, printed = demo
-    assert sorted(path.name for path in (folder / "demo").iterdir()) == ["scales.gif", "sheet.png"]
-    with Image.open(folder / "demo" / "sheet.png") as sheet:
-        assert sheet.mode == "RGB" and min(sheet.size) > 400
-        cells = [sheet.crop((x, 80, x + 100, 180)).tobytes() for x in (20, 200, 380, 560)]
-    assert len(set(cells)) == 4  # the classes differ
-    with Image.open(folder / "demo" / "scales.gif") as animation:
-        assert animation.n_frames == 5 and animation.is_animated
-    assert "demo/sheet.png" in printed and "demo/scales.gif" in printed
-    assert re.search(r"pictures drawn .* \d+\.\d\d ", printed)
-    assert "random test weights" in printed
+    found = sorted(path.name for path in (folder / "demo").iterdir())
+    assert found == ["sheet.gif", "sheet.png", "unseen.png"]
+    assert len(cells(folder / "demo" / "sheet.png", 4, 3)) == 12
+    assert len(cells(folder / "demo" / "unseen.png", 4, 4)) == 16
+    with Image.open(folder / "demo" / "sheet.gif") as animation:
+        assert animation.n_frames == len(default_config().patch_nums) and animation.is_animated
+    for line in (
+        r"demo/sheet.png and demo/sheet.gif: 12 pictures, seed 0, \d+\.\d s",
+        r"demo/unseen.png: 16 pictures, seed 0, \d+\.\d s",
+        r"All in \d+\.\d s\.",
+    ):
+        assert re.search(line, printed), printed
+
+
+def default_config():
+    return AutoConfig.from_pretrained(default_model())
+
+
+def test_the_commands_that_the_demo_prints_draw_its_pictures(demo, tmp_path, monkeypatch):
+    folder, printed = demo
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    commands = [line.removeprefix("$ ") for line in printed.splitlines() if line.startswith("$ ")]
+    program, *arguments = shlex.split(commands[1])
+    assert program == "argen" and main(arguments) == 0
+    assert (tmp_path / "demo" / "unseen.png").read_bytes() == (folder / "demo" / "unseen.png").read_bytes()
 
 
 def test_demo_follows_its_seed(demo, tmp_path):
     folder, _ = demo
     run("demo.py", tmp_path, "--seed", "1", "--out", "other")
-    first, other = folder / "demo" / "sheet.png", tmp_path / "other" / "sheet.png"
-    assert first.read_bytes() != other.read_bytes()
+    assert not cells(folder / "demo" / "sheet.png", 4, 3) & cells(tmp_path / "other" / "sheet.png", 4, 3)

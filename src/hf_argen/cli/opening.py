@@ -4,12 +4,14 @@ import difflib
 import hashlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..modeling.headers import DamagedFileError, read_json
+from .progress import busy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -34,7 +36,8 @@ def open_pipeline(model: str | None, dtype: str, quantize: str | None, device: s
     from ..pipelines.class_to_image import ClassToImagePipeline
     from ..pipelines.text_to_image import TextToImagePipeline
 
-    with quiet():
+    is_local = Path(locate(model)[0]).is_dir()  # a download has bars of its own
+    with quiet(), busy("opening the model") if is_local else nullcontext():
         loaded, processor = _load(model, dtype, quantize)
     pipeline_class = TextToImagePipeline if loaded.config.condition_type == "text" else ClassToImagePipeline
     if quantize is not None:  # quantized weights stay where they were loaded
@@ -171,12 +174,18 @@ def _quantization(dtype: str, quantize: str) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, and without the Hub's lines about its attempts."""
+    """
+    Without transformers' bar of the loading of weights and the Hub's lines about its attempts; bars of downloads only
+    on a terminal.
+    """
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     hub = logging.getLogger("huggingface_hub")
     level, was_enabled = hub.level, transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # and those of the Hub
+    if sys.stderr.isatty():
+        enable_progress_bars()
     hub.setLevel(logging.ERROR)
     try:
         yield

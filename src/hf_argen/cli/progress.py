@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -19,6 +19,16 @@ def progress(total: int, is_shown: bool = True) -> Iterator[Callable[[int], None
     with Progress(console=console, transient=True, disable=not (is_shown and console.is_terminal)) as bar:
         task = bar.add_task("drawing", total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def busy(message: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing elsewhere."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr, highlight=False)
+    with console.status(message) if console.is_terminal else nullcontext():
+        yield
 
 
 @contextmanager
