@@ -72,7 +72,14 @@ TEXT_ENCODER = {
 }
 WORD_PARTS = 2048
 MAX_PROMPT_TOKENS = 32
-SAMPLING = {"do_sample": True, "guidance_scale": 1.5, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
+SAMPLING = {
+    "do_sample": True,
+    "guidance_scale": 1.0,
+    "guidance_schedule": "constant",
+    "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 0.95,
+}
 
 PROMPTS = (
     "red apple", "grinning face", "dog face", "rocket", "hot beverage", "snowman", "guitar", "octopus",

@@ -57,10 +57,10 @@ def test_reconstruction(model, emoji, evaluate_emoji):
     assert psnr(found, pictures.add(1).mul(0.5), value_range=1.0).mean() >= 25
 
 
-@pytest.mark.parametrize("held_out, least", [(False, 0.7), (True, 0.4)])
+@pytest.mark.parametrize("held_out, least", [(False, 0.9), (True, 0.35)])
 def test_accuracy(model, processor, emoji, evaluate_emoji, held_out, least):
-    """On a sixth of the prompts; `scripts/evaluate_emoji.py` takes all."""
-    targets, prompts = emoji.prompts(held_out=held_out, count=50)
+    """On a third of the prompts, which leaves room for chance; `scripts/evaluate_emoji.py` takes all."""
+    targets, prompts = emoji.prompts(held_out=held_out, count=100)
     pictures = evaluate_emoji.draw(model, processor, prompts, batch_size=25)
     hits = (nearest_emoji(pictures, emoji.font) == targets).mean()
     assert hits >= least
@@ -69,4 +69,4 @@ def test_accuracy(model, processor, emoji, evaluate_emoji, held_out, least):
 def test_a_prompt_that_it_never_saw():
     picture = pipeline("text-to-image")("purple banana", seed=0)["image"]
     assert picture.size == (64, 64)
-    assert len(set(picture.getdata())) > 100  # not blank
+    assert len(picture.getcolors(64 * 64)) > 100  # not blank
