@@ -31,11 +31,14 @@ def guarantee(cls: type[Decoding]) -> str:
 
 
 def fits(cls: type[Decoding]) -> str:
-    """Names of the families whose models it decodes."""
+    """What it decodes: names of families, and whether it takes language models."""
     generators = {
         name: family.load(family.generator) for name, family in FAMILIES.items() if family.generator
     }
-    return ", ".join(f"`{name}`" for name, model_class in generators.items() if cls.fits(model_class))
+    names = [f"`{name}`" for name, model_class in generators.items() if cls.fits(model_class)]
+    if getattr(cls, "fits_language_models", False):
+        names.append("language models of transformers")
+    return ", ".join(names)
 
 
 def paper(cls: type[Decoding]) -> str:
@@ -82,9 +85,8 @@ def sections() -> str:
             for field in dataclasses.fields(cls)
         ]
         about = f"Guarantee: {guarantee(cls)}. Fits {fits(cls)}. arXiv {paper(cls)}."
-        parts.append(
-            "\n\n".join([f"## {name}", f"`hf_argen.{cls.__name__}`. {about}", text, "\n".join(options)])
-        )
+        section = [f"## {name}", f"`hf_argen.{cls.__name__}`. {about}", text, "\n".join(options)]
+        parts.append("\n\n".join(filter(None, section)))
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .generation import Decoding, compatible_decodings, generate
     from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
     from .generation.decoding.next_scale import NextScale
+    from .generation.decoding.next_token import NextToken
     from .modeling.code.configuration_code import CodeConfig
     from .modeling.code.modeling_code import CodeForImageGeneration
     from .modeling.tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
@@ -30,6 +31,7 @@ _SOURCES = {
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
     "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
     "NextScale": "generation.decoding.next_scale",
+    "NextToken": "generation.decoding.next_token",
     "VarConfig": "modeling.var.configuration_var",
     "VarForImageGeneration": "modeling.var.modeling_var",
     "VarModel": "modeling.var.modeling_var",
@@ -49,6 +51,7 @@ __all__ = [
     "MultiScaleVQConfig",
     "MultiScaleVQModel",
     "NextScale",
+    "NextToken",
     "VarConfig",
     "VarForImageGeneration",
     "VarModel",

@@ -15,7 +15,8 @@ def generate(model: Any, decoding: Decoding | dict[str, Any] | str | None = None
         model: a model of this package, or a language model of transformers.
         decoding: instance, name or stored dict; default: what `generation_config=` or `model.generation_config`
             stores, else plain decoding.
-        inputs: everything that the model's own `generate` takes.
+        inputs: everything that the model's own `generate` takes, `streamer`, `tokenizer` and `stop_strings` included,
+            and on language models also `generator`: one, or one per row.
 
     Returns:
         What the model's own `generate` returns.
@@ -35,4 +36,8 @@ def generate(model: Any, decoding: Decoding | dict[str, Any] | str | None = None
         decoding = next((stored for config in configs if (stored := Decoding.from_config(config))), None)
     if decoding is None:
         return model.generate(**inputs)
-    return resolve(decoding)(model, **inputs)
+    from .language_model import generate as generate_text
+
+    chosen = resolve(decoding)
+    chosen.check_fits(model)
+    return generate_text(model, chosen, inputs)

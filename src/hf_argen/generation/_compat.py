@@ -1,12 +1,14 @@
 """Every private name of transformers that this package touches, so that a new release breaks one file."""
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoProcessor,
     GenerationConfig,
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -182,3 +185,119 @@ class InspectedLoading:
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+
+# Language models of transformers
+
+PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+INTERNAL_MASKS = ("gpt_neo",)  # their attention reads positions off the columns of the cache
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the language model, which a model of several modalities nests."""
+    return model.config.get_text_config(decoder=True)
+
+
+def takes_argument(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's forward pass has this argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the forward pass takes its cache; it changed in transformers 5.24."""
+    return "cache" if takes_argument(model, "cache") else "past_key_values"
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether `model` is a decoder-only language model of transformers that we can decode."""
+    return (
+        isinstance(model, PreTrainedModel)
+        and isinstance(model, GenerationMixin)
+        and why_not_decodable(model) is None
+    )
+
+
+def why_not_decodable(model: PreTrainedModel) -> str | None:
+    """What keeps a language model from being decoded with a cache of ours; `None` if nothing does."""
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if not (takes_argument(model, "cache") or takes_argument(model, "past_key_values")):
+        return "its forward pass takes no key-value cache"
+    if not takes_argument(model, "position_ids"):
+        return "its forward pass takes no position_ids"
+    config = text_config(model)
+    foreign = set(getattr(config, "layer_types", None) or ()) - PLAIN_LAYERS
+    if foreign or model._is_stateful:
+        return f"its state ({', '.join(sorted(foreign)) or 'recurrent layers'}) cannot be rolled back"
+    if getattr(config, "alibi", False):
+        return "it has ALiBi positions, which take no position_ids"
+    return None
+
+
+def why_no_own_masks(model: PreTrainedModel) -> str | None:
+    """What keeps a language model from being fed with attention masks of ours; `None` if nothing does."""
+    implementation = text_config(model)._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        return (
+            f"attn_implementation={implementation!r} takes no attention mask of ours, which rows of unequal length "
+            "and trees need; load the model with attn_implementation='sdpa'."
+        )
+    if text_config(model).model_type in INTERNAL_MASKS:
+        return f"{type(model).__name__} masks inside its layers, so its rows cannot be of unequal length; use batch 1."
+    return None
+
+
+def attention_patterns(model: PreTrainedModel) -> dict[str, tuple[int | None, int | None]]:
+    """For each kind of layer (one kind: all the same) its sliding window and chunk length, `None` for no limit."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return {"all": (window, chunk if window is None else None)}
+    limits = {
+        "full_attention": (None, None),
+        "sliding_attention": (window, None),
+        "chunked_attention": (None, chunk),
+    }
+    return {kind: limits[kind] for kind in sorted(set(kinds))}
+
+
+def take_out_guidance(
+    processors: LogitsProcessorList,
+) -> tuple[LogitsProcessorList, float, dict[str, torch.Tensor]]:
+    """
+    The processors without that of guidance, its scale (1 without one), and its unconditional inputs as far as given.
+
+    Raises:
+        ValueError: other processors come before it, so that guidance would have to be computed on their output.
+    """
+    kept = LogitsProcessorList()
+    scale, inputs = 1.0, {}
+    for processor in processors:
+        if (
+            isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            and processor.guidance_scale != 1
+        ):
+            if kept:
+                raise ValueError(
+                    f"Guidance comes after {type(kept[-1]).__name__} in the list of logits processors; put it first."
+                )
+            scale = processor.guidance_scale
+            context = processor.unconditional_context
+            names = ("input_ids", "attention_mask")
+            inputs = {name: context[name] for name in names if context[name] is not None}
+        else:
+            kept.append(processor)
+    return kept, scale, inputs
+
+
+@contextmanager
+def without_stop_strings(model: GenerationMixin) -> Iterator[None]:
+    """Lets `generate` run although it gets no tokenizer, for which the model's own stop strings would ask."""
+    kept = model.generation_config.stop_strings
+    model.generation_config.stop_strings = None
+    try:
+        yield
+    finally:
+        model.generation_config.stop_strings = kept

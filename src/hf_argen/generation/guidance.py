@@ -1,13 +1,16 @@
 """Classifier-free guidance (arXiv 2207.12598): how strongly to push away from the unconditional prediction."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
-GuidanceSchedule = str | Sequence[float] | Callable[[int, int], float]
-"""Name of a schedule, one factor per step, or a function of step and number of steps."""
+ScheduleFunction = Callable[[int, int], float]
+GuidanceSchedule = str | Mapping[str, Any] | Sequence[float] | ScheduleFunction
+"""Name of a schedule, its name and options as a dict, one factor per step, or a function of step and steps."""
 
 
 def constant(step: int, num_steps: int) -> float:
@@ -20,7 +23,57 @@ def linear(step: int, num_steps: int) -> float:
     return step / (num_steps - 1) if num_steps > 1 else 1.0
 
 
-SCHEDULES: dict[str, Callable[[int, int], float]] = {"constant": constant, "linear": linear}
+@dataclass(frozen=True)
+class Interval:
+    """
+    Full strength within a range of steps, none outside (arXiv 2404.07724).
+
+    LlamaGen's `cfg_interval=k` is `Interval(stop=k + 2)`: the first token and the k + 1 after it.
+
+    Args:
+        start, stop: the range, `stop` excluded; `None` for the end.
+    """
+
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self):
+        if self.start < 0 or (self.stop is not None and self.stop < self.start):
+            raise ValueError(
+                f"The guidance interval is [{self.start}, {self.stop}); it must start at 0 or later and not end "
+                "before it starts."
+            )
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return float(self.start <= step and (self.stop is None or step < self.stop))
+
+
+@dataclass(frozen=True)
+class PowerCosine:
+    """
+    (1 - cos(pi (step / num_steps) ** power)) / 2: next to nothing at the start, full strength at the end; the larger
+    the power, the later it rises (MDTv2, arXiv 2303.14389; RAR, arXiv 2411.00776).
+
+    Args:
+        power: above 0.
+    """
+
+    power: float = 1.0
+
+    def __post_init__(self):
+        if not self.power > 0:
+            raise ValueError(f"The power of the guidance schedule is {self.power}; it must be above 0.")
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2
+
+
+SCHEDULES: dict[str, Callable[[], ScheduleFunction]] = {
+    "constant": lambda: constant,
+    "linear": lambda: linear,
+    "interval": Interval,
+    "power_cosine": PowerCosine,
+}
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, strength: float) -> torch.Tensor:
@@ -35,27 +88,41 @@ class Guidance:
 
     Args:
         scale: the number that papers print, in the convention of the family; 0 or above.
-        schedule: factor on `scale` at each step.
+        schedule: factor on the strength at each step: a name out of `SCHEDULES`, a dict of that name as `type` and
+            its options, one factor per step, or a function of step and number of steps.
+        neutral: the scale that means no guidance, as any below it: 0 where the paper's formula is
+            (1 + scale) * conditional - scale * unconditional, 1 where it is
+            unconditional + scale * (conditional - unconditional). The strength is what `scale` has beyond it.
 
     Raises:
-        ValueError: negative scale, unknown schedule.
+        ValueError: negative scale, unknown schedule or option.
     """
 
     scale: float = 0.0
     schedule: GuidanceSchedule = "constant"
+    neutral: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"guidance_scale is {self.scale}; it must be 0 (no guidance) or above.")
-        if isinstance(self.schedule, str):
-            is_known = self.schedule in SCHEDULES
-        else:
-            is_known = callable(self.schedule) or hasattr(self.schedule, "__len__")
-        if not is_known:
+        self.factor = self._resolve(self.schedule)
+
+    @staticmethod
+    def _resolve(schedule: GuidanceSchedule) -> ScheduleFunction | Sequence[float]:
+        """The function behind a name or dict; functions and lists as they are."""
+        if callable(schedule) or (hasattr(schedule, "__len__") and not isinstance(schedule, str | Mapping)):
+            return schedule
+        options = dict(schedule) if isinstance(schedule, Mapping) else {"type": schedule}
+        name = options.pop("type", None)
+        if name not in SCHEDULES:
             raise ValueError(
-                f"guidance_schedule is {self.schedule!r}; known are {', '.join(sorted(SCHEDULES))}, a list with one "
+                f"guidance_schedule is {name!r}; known are {', '.join(sorted(SCHEDULES))}, a list with one "
                 "factor per step, or a function of step and number of steps."
             )
+        try:
+            return SCHEDULES[name](**options)
+        except TypeError as error:
+            raise ValueError(f"guidance_schedule {name!r} has no option {', '.join(options)}.") from error
 
     def strength(self, step: int, num_steps: int) -> float:
         """
@@ -64,23 +131,77 @@ class Guidance:
         Raises:
             ValueError: the schedule has no factor for this step, or one that is negative or not finite.
         """
-        if isinstance(self.schedule, str):
-            factor = SCHEDULES[self.schedule](step, num_steps)
-        elif callable(self.schedule):
-            factor = self.schedule(step, num_steps)
-        elif len(self.schedule) == num_steps:
-            factor = self.schedule[step]
+        if callable(self.factor):
+            factor = self.factor(step, num_steps)
+        elif len(self.factor) == num_steps:
+            factor = self.factor[step]
         else:
             raise ValueError(
-                f"guidance_schedule has {len(self.schedule)} factors; this model takes {num_steps} steps."
+                f"guidance_schedule has {len(self.factor)} factors; this model takes {num_steps} steps."
             )
         if not 0 <= factor < math.inf:
             raise ValueError(
                 f"guidance_schedule gives {factor} at step {step}; every factor must be finite, 0 or above."
             )
-        return self.scale * factor
+        return max(self.scale - self.neutral, 0.0) * factor
 
     def is_off(self, num_steps: int) -> bool:
         """Whether no step is guided, so that unconditional rows need not be computed; checks every step."""
         strengths = [self.strength(step, num_steps) for step in range(num_steps)]
         return not any(strengths)
+
+    def combiner(self, num_steps: int, device: torch.device) -> "Combiner":
+        """What guides the tokens of one request of at most `num_steps` tokens."""
+        return Combiner(
+            torch.tensor([self.strength(step, num_steps) for step in range(num_steps)], device=device)
+        )
+
+
+@dataclass
+class Combiner:
+    """
+    Conditional and unconditional logits to guided ones, token by token.
+
+    Args:
+        strengths: (num_steps,) float32, the strength at each place of the sequence.
+    """
+
+    strengths: torch.Tensor
+
+    @cached_property
+    def constant(self) -> float | None:
+        """The strength, if it is the same everywhere and not 0."""
+        values = set(self.strengths.tolist())
+        return values.pop() if len(values) == 1 and 0.0 not in values else None
+
+    def __call__(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, steps: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            conditional, unconditional: logits (batch, n, vocab_size) float32.
+            steps: (batch or 1, n) int64, the place in the sequence that each of them predicts.
+        """
+        if self.constant is not None:
+            return torch.add(unconditional, conditional - unconditional, alpha=1 + self.constant)
+        strength = self.strengths[steps.clamp(max=len(self.strengths) - 1)].unsqueeze(-1)
+        guided = unconditional + (1 + strength) * (conditional - unconditional)
+        return torch.where(strength == 0, conditional, guided)
+
+
+@dataclass
+class LogProbabilityCombiner:
+    """
+    The guidance of transformers' language models: as [`Combiner`], on log probabilities instead of logits.
+
+    Args:
+        scale: weight of the conditional against the unconditional prediction; 1 is no guidance.
+    """
+
+    scale: float
+
+    def __call__(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, steps: torch.Tensor
+    ) -> torch.Tensor:
+        conditional, unconditional = conditional.log_softmax(dim=-1), unconditional.log_softmax(dim=-1)
+        return self.scale * (conditional - unconditional) + unconditional

@@ -53,6 +53,10 @@ class ImageGenerationMixin(GenerationMixin):
 
     predictor_class: type[Predictor]
     default_guidance_schedule: GuidanceSchedule = "constant"
+    neutral_guidance_scale: float = 0.0  # see Guidance
+    clips_top_k: bool = (
+        False  # whether a top_k beyond the vocabulary means all of it, as in the authors' code
+    )
 
     @property
     def input_device(self) -> torch.device:
@@ -160,7 +164,7 @@ class ImageGenerationMixin(GenerationMixin):
     def _guidance(self, config: GenerationConfig, schedule: GuidanceSchedule | None) -> Guidance:
         if schedule is None:
             schedule = getattr(config, "guidance_schedule", None) or self.default_guidance_schedule
-        return Guidance(config.guidance_scale or 0.0, schedule)
+        return Guidance(config.guidance_scale or 0.0, schedule, self.neutral_guidance_scale)
 
     def _choose_decoding(
         self, decoding: Any, config: GenerationConfig, options: Mapping[str, Any] | None = None

@@ -11,36 +11,68 @@ class PreallocatedLayer(CacheLayerMixin):
     """
     Keys and values (batch, heads, capacity, head_dim) of one layer, of which the first `length` positions are valid.
 
+    Rows of the batch may be of unequal length: then new positions go where `places` says, row by row, and what lies
+    between the end of a shorter row and `length` is zeros or old values, which the attention mask has to hide.
+
     Args:
         capacity: positions to allocate; a longer sequence doubles it unless `fixed`.
-        fixed: refuse to grow, so that shapes and addresses stay static.
+        fixed: refuse to grow, so that addresses stay static.
+        whole: give attention all positions, empty ones too, so that shapes stay static; the mask has to hide them.
     """
 
-    def __init__(self, capacity: int, fixed: bool = False):
+    def __init__(self, capacity: int, fixed: bool = False, whole: bool = False):
         super().__init__()
         self.capacity = capacity
         self.fixed = fixed
+        self.whole = whole
         self.length = 0
+        self.places: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*key_states.shape[:2], self.capacity, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], self.capacity, value_states.shape[3])
+        # Zeros, since a hidden position still takes part in the sum over values, with weight 0, and 0 * NaN is NaN.
+        self.keys = key_states.new_zeros(*key_states.shape[:2], self.capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[3])
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends new positions; returns views on all valid ones."""
+        """Adds new positions, at the end or at `places`; returns views on all valid ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.capacity:
-            self._grow(end)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if self.places is not None:
+            self._write(self.places, key_states, value_states)
+        else:
+            end = self.length + key_states.shape[2]
+            if end > self.capacity:
+                self._grow(end)
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
+            self.length = end
+        stop = self.capacity if self.whole else self.length
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def expect(self, places: torch.Tensor, length: int) -> None:
+        """Makes the next `update` write to `places` (batch, new positions) int64, after which `length` are valid."""
+        if length > self.capacity:
+            self._grow(length)
+        self.places, self.length = places, length
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the positions `source` (batch, n) of each row to `target` (batch, n)."""
+        if self.is_initialized:
+            index = source.to(self.keys.device)[:, None, :, None]
+            moved = (
+                tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+                for tensor in (self.keys, self.values)
+            )
+            self._write(target, *moved)
+
+    def _write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        index = places.to(self.keys.device)[:, None, :, None]
+        for tensor, new in ((self.keys, keys), (self.values, values)):
+            tensor.scatter_(2, index.expand(new.shape), new.to(tensor.dtype))
 
     def _grow(self, needed: int) -> None:
         if self.fixed:
@@ -48,15 +80,18 @@ class PreallocatedLayer(CacheLayerMixin):
                 f"The cache holds {self.capacity} positions, {needed} are needed; raise max_length."
             )
         self.capacity = max(needed, 2 * self.capacity)
+        if not self.is_initialized:
+            return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], self.capacity, old.shape[3])
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
     def truncate(self, length: int) -> None:
-        """Forgets all positions from `length` on."""
+        """Forgets all positions from `length` on; the next update goes to the end again."""
         self.length = min(self.length, length)
+        self.places = None
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps, repeats or reorders rows of the batch."""
@@ -65,7 +100,7 @@ class PreallocatedLayer(CacheLayerMixin):
             self.values = self.values.index_select(0, rows.to(self.values.device))
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.places = 0, None
 
     def get_seq_length(self) -> int:
         return self.length
@@ -77,7 +112,7 @@ class PreallocatedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return (self.capacity if self.whole else self.length + query_length), 0
 
 
 class PreallocatedCache(Cache):
@@ -86,11 +121,11 @@ class PreallocatedCache(Cache):
 
     Args:
         num_layers: transformer layers.
-        capacity, fixed: see [`PreallocatedLayer`].
+        capacity, fixed, whole: see [`PreallocatedLayer`].
     """
 
-    def __init__(self, num_layers: int, capacity: int, fixed: bool = False):
-        super().__init__(layers=[PreallocatedLayer(capacity, fixed) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacity: int, fixed: bool = False, whole: bool = False):
+        super().__init__(layers=[PreallocatedLayer(capacity, fixed, whole) for _ in range(num_layers)])
         self.memo: dict[Any, torch.Tensor] = {}
 
     def remember(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -99,10 +134,25 @@ class PreallocatedCache(Cache):
             self.memo[key] = compute()
         return self.memo[key]
 
+    @property
+    def capacity(self) -> int:
+        """Positions that fit without growing."""
+        return self.layers[0].capacity
+
     def truncate(self, length: int) -> None:
         """Rolls every layer back to its first `length` positions."""
         for layer in self.layers:
             layer.truncate(length)
+
+    def expect(self, places: torch.Tensor, length: int) -> None:
+        """Makes the next update of every layer write to `places`; see [`PreallocatedLayer`]."""
+        for layer in self.layers:
+            layer.expect(places, length)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies positions within each row, in every layer."""
+        for layer in self.layers:
+            layer.move(source, target)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps, repeats or reorders rows of the batch in every layer and in the memo."""

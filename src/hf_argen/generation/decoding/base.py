@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
@@ -40,7 +41,15 @@ class Edit:
 
 @dataclass
 class Request:
-    """Everything that a decoding needs to serve one call of `generate`."""
+    """
+    Everything that a decoding needs to serve one call of `generate`.
+
+    Attributes:
+        edit: the picture to edit, if one is.
+        num_steps: where to stop early; for next-token models a number of tokens.
+        wants_details: whether the output has more than `sequences`.
+        prompt_ids: (batch, length) what the sequences of a language model begin with.
+    """
 
     model: Any
     predictor: Predictor
@@ -53,6 +62,7 @@ class Request:
     edit: Edit | None = None
     num_steps: int | None = None
     wants_details: bool = False
+    prompt_ids: torch.Tensor | None = None
 
 
 @dataclass
@@ -96,16 +106,39 @@ class Decoding(ABC):
     def run(self, request: Request) -> DecodingResult:
         """Serves one request."""
 
-    def __call__(self, model: Any, *args: Any, **inputs: Any) -> Any:
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
         """
-        Serves a call of `generate` of a language model of transformers, which passes `custom_generate=` here. Models
-        of this package take `decoding=` instead.
+        What transformers calls as `model.generate(..., custom_generate=decoding)` on a language model. Models of this
+        package take `decoding=` instead.
 
         Raises:
-            ValueError: the decoding does not fit the model; one that fits language models overrides this.
+            ValueError: the decoding does not fit the model.
         """
         self.check_fits(model)
-        raise ValueError(f"{self.type_name()!r} goes to generate() of {type(model).__name__} as decoding=.")
+        from ..language_model import decode
+
+        return decode(
+            self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+        )
+
+    def bind(self, **bound: Any) -> Callable[..., Any]:
+        """
+        The decoding together with what transformers drops before it calls `custom_generate`.
+
+        Args:
+            bound: `streamer`, `tokenizer` and `stop_strings`, `generator`.
+        """
+        from ..language_model import BoundDecoding
+
+        return BoundDecoding(self, **bound)
 
     @classmethod
     def type_name(cls) -> str:

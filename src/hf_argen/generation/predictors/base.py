@@ -31,11 +31,11 @@ class Predictor(ABC):
         """Reads the request; guided float32 logits of the first position (or group of positions)."""
 
     @abstractmethod
-    def predict(self, tokens: torch.Tensor | None, positions: Any) -> torch.Tensor:
-        """Guided float32 logits at `positions`, given `tokens` that need not be committed yet."""
+    def predict(self, tokens: torch.Tensor | None, positions: Any = None) -> torch.Tensor:
+        """Guided float32 logits at `positions` (or after nodes, by their parents), given uncommitted `tokens`."""
 
     @abstractmethod
-    def commit(self, keep: torch.Tensor, count: torch.Tensor | None = None) -> None:
+    def commit(self, keep: torch.Tensor | None, count: torch.Tensor | None = None) -> None:
         """Makes tokens part of the sequence."""
 
     @abstractmethod

@@ -1,0 +1,275 @@
+"""Predictor of next-token models: one call feeds any number of tokens and predicts what follows each of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..cache import PreallocatedCache
+from ..guidance import Guidance
+from .base import Predictor
+from .masks import Pattern, View, additive
+from .tree import NodeTree
+
+
+@dataclass
+class Prompt:
+    """
+    What a model of ours reads before the first token.
+
+    Attributes:
+        embeds: (rows, length, hidden_size).
+        mask: (rows, length), nonzero where there is no padding; `None` without padding.
+        context: further tensors with one row each, handed to every call of `next_logits`.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor | None = None
+    context: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def paired_with(self, other: "Prompt") -> "Prompt":
+        """Rows of this and then of another prompt of the same length."""
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            ones = self.embeds.new_ones(self.embeds.shape[:2], dtype=torch.bool)
+            mask = torch.cat([ones if part is None else part.bool() for part in (self.mask, other.mask)])
+        context = {name: torch.cat([value, other.context[name]]) for name, value in self.context.items()}
+        return Prompt(torch.cat([self.embeds, other.embeds]), mask, context)
+
+
+class NextTokenPredictor(Predictor):
+    """
+    Drives a model that has
+
+    - `prompt(**inputs)` and `null_prompt(prompt)`: a [`Prompt`], conditional and unconditional;
+    - `next_logits(input_ids= or inputs_embeds=, position_ids=, attention_mask=, past_key_values=, logits_to_keep=,
+      **context)`: logits (rows, logits_to_keep, vocab_size) after each of the last tokens; `position_ids` (rows, n)
+      count from the first position of the prompt;
+    - `config.num_hidden_layers`, `config.num_image_tokens` (tokens of a picture), `neutral_guidance_scale`.
+
+    Tokens that are fed become *nodes*: they stay apart from the sequence until `commit` says which of them it keeps.
+    Each row of the cache is contiguous, and rows may be of unequal length.
+
+    Args:
+        model: the next-token model.
+        guidance: strength of guidance at each token.
+    """
+
+    default_decoding = "next_token"
+
+    def __init__(self, model: Any, guidance: Guidance):
+        self.model = model
+        self.guidance = guidance
+        self.num_tokens = self.most_tokens()
+        self.is_guided = not guidance.is_off(self.num_tokens)
+        self.calls = 0
+        self.capacity = self.num_tokens
+        self.is_static = False
+        self._context: dict[str, torch.Tensor] = {}
+
+    # What differs between our families and the language models of transformers
+
+    def most_tokens(self) -> int:
+        """Tokens that the model can generate."""
+        return self.model.config.num_image_tokens
+
+    def num_layers(self) -> int:
+        """Layers of the cache."""
+        return self.model.config.num_hidden_layers
+
+    def patterns(self) -> Pattern | dict[str, Pattern]:
+        """What layers see of the past, by kind of layer where there are several."""
+        return Pattern()
+
+    def read_prompt(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Feeds the prompt, conditional rows first; logits (rows, 1, vocab_size)."""
+        prompt: Prompt = self.model.prompt(**inputs)
+        if self.is_guided:
+            prompt = prompt.paired_with(self.model.null_prompt(prompt))
+        rows, length = prompt.embeds.shape[:2]
+        self.start(rows, length, None if prompt.mask is None else prompt.mask == 0, prompt.embeds.device)
+        self._context = prompt.context
+        mask = None
+        if length > 1:
+            seen = torch.ones(length, length, dtype=torch.bool, device=prompt.embeds.device).tril()[None]
+            if self._hidden is not None:
+                # Padding sees itself, so that no row of the softmax is empty.
+                seen = (seen & ~self._hidden[:, None]) | torch.eye(
+                    length, dtype=torch.bool, device=seen.device
+                )
+            mask = additive(seen.expand(rows, -1, -1), prompt.embeds.dtype)
+        position = torch.arange(length, device=prompt.embeds.device).expand(rows, -1)
+        return self.model.next_logits(
+            inputs_embeds=prompt.embeds,
+            position_ids=position,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+            **self._context,
+        )
+
+    def feed(self, tokens: torch.Tensor, positions: torch.Tensor, needs_mask: bool) -> torch.Tensor:
+        """Feeds tokens (rows, n) at their positions; logits (rows, n, vocab_size)."""
+        needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
+        return self.model.next_logits(
+            input_ids=tokens,
+            position_ids=positions.clamp(max=self._prompt_length + self.num_tokens - 1),
+            attention_mask=self.mask(tokens.shape[1], self.model.dtype) if needs_mask else None,
+            past_key_values=self._cache,
+            logits_to_keep=tokens.shape[1],
+            **self._context,
+        )
+
+    # What is the same
+
+    def steps_for(self, max_new_tokens: int) -> int:
+        """Steps of plain decoding: one per token."""
+        if not 1 <= max_new_tokens <= self.num_tokens:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; this model draws pictures of {self.num_tokens} tokens, so it "
+                f"must lie in [1, {self.num_tokens}]."
+            )
+        return max_new_tokens
+
+    def reserve(self, tokens: int, is_static: bool = False) -> None:
+        """
+        Says before `prefill` how much memory to allocate.
+
+        Args:
+            tokens: the longest sequence and the largest draft beyond it.
+            is_static: never grow, and let attention run over the whole memory, so that shapes and addresses stay.
+        """
+        self.capacity, self.is_static = tokens, is_static
+
+    def prefill(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Args:
+            inputs: keywords of the model's `prompt`.
+
+        Returns:
+            guided logits of the first token (batch, vocab_size) float32.
+        """
+        logits = self.read_prompt(inputs)
+        self.calls += 1
+        first = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+        return self._guided(logits, first)[:, 0]
+
+    def start(self, rows: int, prompt_length: int, hidden: torch.Tensor | None, device: torch.device) -> None:
+        """An empty cache for a prompt of which `hidden` (rows, prompt_length) bool is padding."""
+        self.batch_size = rows // 2 if self.is_guided else rows
+        self._prompt_length, self._hidden = prompt_length, hidden
+        self._cache = PreallocatedCache(
+            self.num_layers(), prompt_length + self.capacity, fixed=self.is_static, whole=self.is_static
+        )
+        self._context = {}
+        self._nodes = NodeTree()
+        self._lengths = [0] * self.batch_size  # what `length` says, on the host
+        self.length = torch.zeros(self.batch_size, dtype=torch.long, device=device)
+        self.combine = self.combiner(device) if self.is_guided else None
+
+    def combiner(self, device: torch.device) -> Any:
+        """What guides logits."""
+        return self.guidance.combiner(self.num_tokens, device)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows are of the same length."""
+        return min(self._lengths) == max(self._lengths)
+
+    def predict(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Feeds tokens as new nodes. Nodes of earlier calls that were not committed stay and count.
+
+        Args:
+            tokens: (batch, n) int64.
+            parents: (batch, n) int64, the node that each one continues, -1 for the committed sequence; a node comes
+                after its parent. Default: a chain that continues the last node.
+
+        Returns:
+            guided logits (batch, n, vocab_size) float32 of what follows each token.
+        """
+        n, device = tokens.shape[1], tokens.device
+        before = self._nodes.size
+        self._nodes.grow(n, parents, self.batch_size, device)
+        depth = self._nodes.depths(n, device)
+        start = self.length + self._prompt_length
+        if not self.is_even:
+            places = start[:, None] + torch.arange(before, before + n, device=device)
+            end = self._prompt_length + max(self._lengths) + before + n
+            self._cache.expect(self._paired(places), end)
+        positions = (start[:, None] + depth).expand(self.batch_size, -1)
+        logits = self.feed(
+            self._paired(tokens), self._paired(positions), not (self.is_even and self._nodes.is_chain)
+        )
+        self.calls += 1
+        return self._guided(logits, self.length[:, None] + depth + 1)
+
+    def mask(self, n: int, dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The additive mask (rows, 1, n, columns) of the last `n` nodes; one for each kind of layer."""
+        device = self.length.device
+        columns = self._prompt_length + max(self._lengths) + self._nodes.size
+        view = View(
+            starts=self.length + self._prompt_length,
+            columns=self._cache.capacity if self.is_static else columns,
+            ancestors=self._nodes.ancestors(n, device),
+            hidden=self._hidden,
+        )
+        rows = self.batch_size * (2 if self.is_guided else 1)
+        patterns = self.patterns()
+        if isinstance(patterns, Pattern):
+            return additive(view.visible(patterns, rows), dtype)
+        return {kind: additive(view.visible(pattern, rows), dtype) for kind, pattern in patterns.items()}
+
+    def commit(self, keep: torch.Tensor | None = None, count: torch.Tensor | list[int] | None = None) -> None:
+        """
+        Makes nodes part of the sequence and forgets the others.
+
+        Args:
+            keep: (batch, k) int64, the nodes of each row in the order of the sequence, every one a child of the one
+                before it; default: all nodes in their order.
+            count: (batch,) how many of them each row keeps; default: all.
+        """
+        width = self._nodes.size if keep is None else keep.shape[1]
+        if keep is not None:
+            start = (self.length + self._prompt_length)[:, None]
+            target = start + torch.arange(width, device=start.device)
+            self._cache.move(self._paired(start + keep.clamp(min=0)), self._paired(target))
+        if count is None:
+            kept = [width] * self.batch_size
+            self.length = self.length + width
+        else:
+            kept = count.tolist() if isinstance(count, torch.Tensor) else count
+            self.length = self.length + torch.as_tensor(count, device=self.length.device)
+        self._lengths = [length + more for length, more in zip(self._lengths, kept, strict=True)]
+        self._nodes = NodeTree()
+        self._cache.truncate(self._prompt_length + max(self._lengths))
+
+    def fork(self, n: int) -> None:
+        self._select(torch.arange(self.batch_size, device=self.length.device).repeat_interleave(n))
+
+    def drop(self, rows: torch.Tensor) -> None:
+        keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.length.device)
+        keep[rows] = False
+        self._select(keep.nonzero()[:, 0])
+
+    def _select(self, rows: torch.Tensor) -> None:
+        paired = torch.cat([rows, rows + self.batch_size]) if self.is_guided else rows
+        self._cache.select_rows(paired)
+        self._context = {name: value.index_select(0, paired) for name, value in self._context.items()}
+        if self._hidden is not None:
+            self._hidden = self._hidden.index_select(0, paired)
+        self._nodes.select_rows(rows)
+        self.length = self.length.index_select(0, rows)
+        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        self.batch_size = rows.numel()
+
+    def _paired(self, value: torch.Tensor) -> torch.Tensor:
+        """The same for the unconditional rows."""
+        return value.repeat(2, *[1] * (value.ndim - 1)) if self.is_guided else value
+
+    def _guided(self, logits: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        if self.combine is None:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return self.combine(conditional, unconditional, steps)

@@ -1,0 +1,260 @@
+"""
+The token sequences of one request: what processors see of them, when each row stops, what a streamer hears of it.
+
+Decodings that commit several tokens at once give the same output as one token at a time, because everything that reads
+a sequence reads each row's own, token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation import BaseStreamer
+
+from .sampling import Generators, categorical
+
+# Processors that look at the scores alone, and so can run on all nodes of all rows at once.
+CONTEXT_FREE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+@dataclass
+class Transcript:
+    """
+    Args:
+        prompt: (batch, length) ids that processors and criteria see before the generated ones; length 0 for pictures.
+        logits_processor, stopping_criteria: as in transformers.
+        limit: generated tokens at which a row ends whatever the criteria say; `None` for no limit.
+        pad_token_id: what follows a row that has ended.
+        streamer: hears every token of the batch once all unfinished rows have it.
+        keeps: which of "logits" and "scores" to keep for the output.
+        goes_along: rows that have ended grow with the others, as in transformers; otherwise they stay as they are.
+    """
+
+    prompt: torch.Tensor
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    limit: int | None = None
+    pad_token_id: int = 0
+    streamer: BaseStreamer | None = None
+    keeps: Sequence[str] = ()
+    goes_along: bool = False
+    kept: dict[str, list[list[torch.Tensor]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batch_size, self.start = self.prompt.shape
+        room = self.limit if self.limit is not None else 64
+        self._ids = self._room(self.start + room)
+        self._ids[:, : self.start] = self.prompt
+        self.lengths = [0] * self.batch_size
+        self.finished = [self.limit == 0] * self.batch_size
+        self._pads_finished = any(isinstance(one, EosTokenCriteria) for one in self.stopping_criteria)
+        self._published = 0
+        self.kept = {name: [[] for _ in range(self.batch_size)] for name in self.keeps}
+
+    def _room(self, length: int) -> torch.Tensor:
+        return self.prompt.new_full((self.batch_size, length), self.pad_token_id, dtype=torch.long)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows have ended."""
+        return all(self.finished)
+
+    @property
+    def is_even(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
+
+    def remaining(self) -> int:
+        """Tokens that the row with the most room can still take; a large number without limit."""
+        if self.limit is None:
+            return 1 << 30
+        rows = zip(self.lengths, self.finished, strict=True)
+        return max((self.limit - length for length, ended in rows if not ended), default=0)
+
+    def last(self) -> torch.Tensor:
+        """(batch, 1) int64, the last token of each row."""
+        if self.is_even:
+            place = self.start + self.lengths[0]
+            return self._ids[:, place - 1 : place]
+        places = torch.tensor(self.lengths, device=self._ids.device)[:, None] + self.start - 1
+        return self._ids.gather(1, places)
+
+    def sequences(self) -> torch.Tensor:
+        """(batch, tokens) int64: the generated ids, filled up with the pad token."""
+        return self._ids[:, self.start : self.start + max(self.lengths)]
+
+    # Scores
+
+    def process(self, logits: torch.Tensor, drafts: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Logits through the logits processors.
+
+        Args:
+            logits: (batch, n, vocab_size) float32; the i-th predict the token after the row and `drafts[:, :i]`.
+            drafts: (batch, at least n - 1) int64, tokens that may follow; default: none, for n = 1.
+
+        Returns:
+            scores of the same shape.
+        """
+        scores = logits
+        for is_free, group in groupby(self.logits_processor, key=lambda one: type(one) in CONTEXT_FREE):
+            processors = LogitsProcessorList(group)
+            if is_free:
+                empty = self.prompt.new_zeros(scores.shape[0] * scores.shape[1], 0)
+                scores = processors(empty, scores.reshape(-1, scores.shape[-1])).view(scores.shape)
+            else:
+                places = range(scores.shape[1])
+                columns = [self._in_context(processors, scores[:, i], drafts, i) for i in places]
+                scores = torch.stack(columns, dim=1)
+        return scores
+
+    def _in_context(
+        self, processors: LogitsProcessorList, scores: torch.Tensor, drafts: torch.Tensor | None, i: int
+    ) -> torch.Tensor:
+        """Scores (batch, vocab_size) after the rows and their first `i` drafts."""
+
+        def context(row: int, rows: slice) -> torch.Tensor:
+            ids = self._ids[rows, : self.start + self.lengths[row]]
+            return ids if i == 0 else torch.cat([ids, drafts[rows, :i]], dim=1)
+
+        if self.is_even:
+            return processors(context(0, slice(None)), scores)
+        parts = []
+        for row in range(self.batch_size):
+            ids, own = context(row, slice(row, row + 1)), scores[row : row + 1]
+            for processor in processors:
+                own = _of_row(processor, ids, own, row)
+            parts.append(own)
+        return torch.cat(parts)
+
+    # Growth
+
+    def append(
+        self,
+        tokens: torch.Tensor,
+        counts: Sequence[int] | None = None,
+        logits: torch.Tensor | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> list[int]:
+        """
+        Adds tokens to the rows that have not ended, one after another, and cuts each row where it stops.
+
+        Args:
+            tokens: (batch, k) int64.
+            counts: how many of them each row takes; default: all.
+            logits, scores: (batch, k, vocab_size) that they were drawn from, for the output.
+
+        Returns:
+            how many each row took.
+        """
+        counts = [tokens.shape[1]] * self.batch_size if counts is None else list(counts)
+        before = list(self.lengths)
+        for place in range(max(counts, default=0)):
+            rows = [r for r in range(self.batch_size) if not self.finished[r] and counts[r] > place]
+            if not rows:
+                break
+            if self.is_even and (self.goes_along or len(rows) == self.batch_size):
+                self._append_to_all(tokens[:, place])
+            else:
+                self._append_to_some(tokens[:, place], rows)
+            for name, value in (("logits", logits), ("scores", scores)):
+                if name in self.kept and value is not None:
+                    for row in range(self.batch_size) if self.goes_along else rows:
+                        self.kept[name][row].append(value[row, place])
+        self._publish()
+        return [length - old for length, old in zip(self.lengths, before, strict=True)]
+
+    def _append_to_some(self, tokens: torch.Tensor, rows: list[int]) -> None:
+        """A token, out of (batch,), for each of `rows`."""
+        self._make_room()
+        for row in rows:
+            end = self.start + self.lengths[row]
+            self._ids[row, end] = tokens[row]
+            self.lengths[row] += 1
+            self.finished[row] = self._stops(slice(row, row + 1), end + 1)[0] or self._is_full(row)
+
+    def _append_to_all(self, tokens: torch.Tensor) -> None:
+        """A token (batch,) for every row of the even batch, those that have ended included."""
+        self._make_room()
+        end = self.start + self.lengths[0]
+        if self._pads_finished and any(self.finished):
+            ended = torch.tensor(self.finished, device=tokens.device)
+            tokens = torch.where(ended, self.pad_token_id, tokens)
+        self._ids[:, end] = tokens
+        self.lengths = [length + 1 for length in self.lengths]
+        stops = self._stops(slice(None), end + 1)
+        self.finished = [
+            ended or stop or self._is_full(row)
+            for row, (ended, stop) in enumerate(zip(self.finished, stops, strict=True))
+        ]
+
+    def _make_room(self) -> None:
+        longest = self.start + max(self.lengths) + 1
+        if longest > self._ids.shape[1]:
+            grown = self._room(2 * longest)
+            grown[:, : self._ids.shape[1]] = self._ids
+            self._ids = grown
+
+    def _is_full(self, row: int) -> bool:
+        return self.limit is not None and self.lengths[row] >= self.limit
+
+    def _stops(self, rows: slice, end: int) -> list[bool]:
+        if not self.stopping_criteria:
+            return [False] * len(range(*rows.indices(self.batch_size)))
+        return self.stopping_criteria(self._ids[rows, :end], None).tolist()
+
+    # What others hear
+
+    def _publish(self) -> None:
+        if self.streamer is None:
+            return
+        open_rows = [length for length, ended in zip(self.lengths, self.finished, strict=True) if not ended]
+        ready = min(open_rows) if open_rows else max(self.lengths)
+        for place in range(self._published, ready):
+            self.streamer.put(self._ids[:, self.start + place].cpu())
+        self._published = max(self._published, ready)
+
+    def stacked(self, name: str) -> torch.Tensor:
+        """(batch, tokens, vocab_size): the kept "logits" or "scores"; zeros after the end of a row."""
+        rows = [torch.stack(row) for row in self.kept[name]]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _of_row(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, row: int) -> torch.Tensor:
+    """A processor on one row; one that asks which row of the batch it sees is shown the rows before, too."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor(ids, scores)
+    return processor(ids.repeat(row + 1, 1), scores.repeat(row + 1, 1))[-1:]
+
+
+def choose(scores: torch.Tensor, do_sample: bool, generator: Generators = None) -> torch.Tensor:
+    """Scores (batch, ..., vocab_size) to tokens (batch, ...): drawn, or the best ones."""
+    return categorical(scores.softmax(dim=-1), generator) if do_sample else scores.argmax(dim=-1)
