@@ -10,14 +10,23 @@ if TYPE_CHECKING:
     from .convert import convert_original
     from .generation import Decoding, compatible_decodings, generate
     from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
+    from .generation.decoding.grouped_speculative import GroupedSpeculative
+    from .generation.decoding.maximal_coupling_jacobi import MaximalCouplingJacobi
     from .generation.decoding.next_scale import NextScale
     from .generation.decoding.next_token import NextToken
+    from .generation.decoding.relaxed_acceptance import RelaxedAcceptance
+    from .generation.decoding.speculative_jacobi import SpeculativeJacobi
     from .modeling.code.configuration_code import CodeConfig
     from .modeling.code.modeling_code import CodeForImageGeneration
+    from .modeling.llamagen.configuration_llamagen import LlamaGenConfig
+    from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
+    from .modeling.tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
+    from .modeling.tokenizers.llamagen_vq.modeling_llamagen_vq import LlamaGenVQModel
     from .modeling.tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
     from .modeling.tokenizers.multiscale_vq.modeling_multiscale_vq import MultiScaleVQModel
     from .modeling.var.configuration_var import VarConfig
     from .modeling.var.modeling_var import VarForImageGeneration, VarModel
+    from .processors.processing_llamagen import LlamaGenProcessor
     from .processors.processing_var import VarProcessor
 
 __version__ = "0.1.0"
@@ -28,8 +37,18 @@ _SOURCES = {
     "CodeForImageGeneration": "modeling.code.modeling_code",
     "CollaborativeNextScale": "generation.decoding.collaborative_next_scale",
     "Decoding": "generation",
+    "LlamaGenConfig": "modeling.llamagen.configuration_llamagen",
+    "LlamaGenForImageGeneration": "modeling.llamagen.modeling_llamagen",
+    "LlamaGenModel": "modeling.llamagen.modeling_llamagen",
+    "LlamaGenProcessor": "processors.processing_llamagen",
+    "LlamaGenVQConfig": "modeling.tokenizers.llamagen_vq.configuration_llamagen_vq",
+    "LlamaGenVQModel": "modeling.tokenizers.llamagen_vq.modeling_llamagen_vq",
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
     "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
+    "GroupedSpeculative": "generation.decoding.grouped_speculative",
+    "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
+    "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
+    "SpeculativeJacobi": "generation.decoding.speculative_jacobi",
     "NextScale": "generation.decoding.next_scale",
     "NextToken": "generation.decoding.next_token",
     "VarConfig": "modeling.var.configuration_var",
@@ -48,8 +67,18 @@ __all__ = [
     "CodeForImageGeneration",
     "CollaborativeNextScale",
     "Decoding",
+    "LlamaGenConfig",
+    "LlamaGenForImageGeneration",
+    "LlamaGenModel",
+    "LlamaGenProcessor",
+    "LlamaGenVQConfig",
+    "LlamaGenVQModel",
     "MultiScaleVQConfig",
     "MultiScaleVQModel",
+    "GroupedSpeculative",
+    "MaximalCouplingJacobi",
+    "RelaxedAcceptance",
+    "SpeculativeJacobi",
     "NextScale",
     "NextToken",
     "VarConfig",

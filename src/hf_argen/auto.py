@@ -81,6 +81,22 @@ FAMILIES = {
             generator="modeling_code.CodeForImageGeneration",
             processor="hf_argen.processors.processing_var.VarProcessor",
         ),
+        Family(
+            name="llamagen_vq",
+            package="hf_argen.modeling.tokenizers.llamagen_vq",
+            title="VQ-16 and VQ-8, the visual tokenizers of LlamaGen",
+            config="configuration_llamagen_vq.LlamaGenVQConfig",
+            base_model="modeling_llamagen_vq.LlamaGenVQModel",
+        ),
+        Family(
+            name="llamagen",
+            package="hf_argen.modeling.llamagen",
+            title="LlamaGen, next-token prediction (arXiv 2406.06525)",
+            config="configuration_llamagen.LlamaGenConfig",
+            base_model="modeling_llamagen.LlamaGenModel",
+            generator="modeling_llamagen.LlamaGenForImageGeneration",
+            processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
+        ),
     )
 }
 
@@ -117,8 +133,10 @@ def new_processor(config: PreTrainedConfig) -> ProcessorMixin | None:
     family = FAMILIES[config.model_type]
     if family.processor is None:
         return None
-    tokenizer = config.image_tokenizer_config
-    image_size = [side * tokenizer.downsampling_factor for side in tokenizer.grid_sizes[-1]]
+    factor = getattr(
+        config.image_tokenizer_config, "downsampling_factor", 16
+    )  # 16 where it is not part of the model
+    image_size = [side * factor for side in config.grid_sizes[-1]]
     classes = None
     if config.condition_type == "class" and config.num_classes == NUM_IMAGENET_CLASSES:
         classes = imagenet_class_names()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_argen.generation.predictors import LanguageModelPredictor
+from hf_argen.generation.predictors.language_model import LanguageModelPredictor
 
 from ..helpers.language_models import KINDS, VOCAB, language_model, prompts
 

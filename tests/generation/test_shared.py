@@ -5,10 +5,27 @@ import itertools
 import pytest
 import torch
 
-from hf_argen import CodeConfig, CodeForImageGeneration, CollaborativeNextScale, NextScale
+from hf_argen import (
+    CodeConfig,
+    CodeForImageGeneration,
+    CollaborativeNextScale,
+    GroupedSpeculative,
+    MaximalCouplingJacobi,
+    NextScale,
+    NextToken,
+    RelaxedAcceptance,
+    SpeculativeJacobi,
+)
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
-from ..helpers.tiny import spread, tiny_var, tokenizer_config, var_config
+from ..helpers.tiny import (
+    llamagen_vq_config,
+    spread,
+    tiny_llamagen,
+    tiny_var,
+    tokenizer_config,
+    var_config,
+)
 from .decoding_base import DecodingTests
 
 REFINER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -44,6 +61,58 @@ class TestCollaborativeNextScale(DecodingTests):
 
     def make_model(self):
         return tiny_code()
+
+
+class NextTokenModels:
+    """The models of the decodings of next-token models."""
+
+    plain = "next_token"
+
+    def make_model(self):
+        return tiny_llamagen()
+
+    def make_smallest_model(self):
+        """Three tokens of three codes: 27 pictures in all."""
+        tokenizer = llamagen_vq_config(codebook_size=3, grid_size=[1, 3])
+        return tiny_llamagen(image_tokenizer_config=tokenizer)
+
+
+class TestNextToken(NextTokenModels, DecodingTests):
+    decoding_class = NextToken
+    options = {}
+
+
+class TestSpeculativeJacobi(NextTokenModels, DecodingTests):
+    decoding_class = SpeculativeJacobi
+    options = {"window": 4, "initialization": "horizontal", "give_up_below": 1.5}
+
+    def make_decoding(self):
+        return self.decoding_class(window=2)
+
+
+class TestMaximalCouplingJacobi(TestSpeculativeJacobi):
+    decoding_class = MaximalCouplingJacobi
+
+
+class TestGroupedSpeculative(TestSpeculativeJacobi):
+    decoding_class = GroupedSpeculative
+    options = {"window": 4, "group_size": 5, "max_probability_gap": 0.5, "max_distance": 2.0}
+
+
+class TestRelaxedAcceptance(NextTokenModels, DecodingTests):
+    decoding_class = RelaxedAcceptance
+    options = {
+        "drafter": "folder",
+        "draft_length": 3,
+        "k": 5,
+        "delta": 0.5,
+        "factor": 2.0,
+        "neighbours": "table.npy",
+    }
+
+    def make_decoding(self):
+        torch.manual_seed(4)
+        return RelaxedAcceptance(tiny_llamagen(hidden_size=16, num_hidden_layers=1))
 
 
 # The distribution of next-scale sampling is the product of the model's guided probabilities.

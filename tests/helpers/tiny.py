@@ -6,7 +6,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from hf_argen import MultiScaleVQConfig, VarConfig, VarForImageGeneration
+from hf_argen import (
+    LlamaGenConfig,
+    LlamaGenForImageGeneration,
+    LlamaGenVQConfig,
+    MultiScaleVQConfig,
+    VarConfig,
+    VarForImageGeneration,
+)
 
 PROMPTS = ["red apple", "green tree", "blue car", "a cat and a dog"]
 
@@ -98,3 +105,43 @@ def sized_var(seed: int) -> VarForImageGeneration:
 def tiny_var(**changes) -> VarForImageGeneration:
     """The class-conditional model with spread weights."""
     return spread(VarForImageGeneration(var_config(**changes)))
+
+
+def llamagen_vq_config(**changes) -> LlamaGenVQConfig:
+    """A VQ tokenizer of 2x2 pixels a token."""
+    fields = {
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "latent_channels": 8,
+        "base_channels": 8,
+        "channel_multiplier": [1, 2],
+        "num_res_blocks": 1,
+        "norm_num_groups": 4,
+    }
+    return LlamaGenVQConfig(**{**fields, **changes})
+
+
+def llamagen_config(**changes) -> LlamaGenConfig:
+    """A class-conditional LlamaGen of two layers and 4x4 tokens on that tokenizer, without dropout."""
+    fields = {
+        "grid_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_classes": 5,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "mlp_dropout": 0.0,
+        "condition_dropout": 0.0,
+    }
+    if "image_tokenizer_config" in changes:
+        del fields["grid_size"]
+    else:
+        fields["image_tokenizer_config"] = llamagen_vq_config()
+    return LlamaGenConfig(**{**fields, **changes})
+
+
+def tiny_llamagen(**changes) -> LlamaGenForImageGeneration:
+    """The class-conditional model with spread weights."""
+    return spread(LlamaGenForImageGeneration(llamagen_config(**changes)))

@@ -1,18 +1,24 @@
 """The shared test bases on the models of this corridor."""
 
 import torch
+from transformers import T5Config
 
 from hf_argen import (
     CodeConfig,
     CodeForImageGeneration,
     CollaborativeNextScale,
+    LlamaGenConfig,
+    LlamaGenForImageGeneration,
+    LlamaGenVQConfig,
+    LlamaGenVQModel,
     MultiScaleVQConfig,
     MultiScaleVQModel,
+    RelaxedAcceptance,
     VarConfig,
     VarForImageGeneration,
 )
 
-from ..helpers.tiny import text_var_config, tokenizer_config, var_config
+from ..helpers.tiny import llamagen_config, llamagen_vq_config, text_var_config, tokenizer_config, var_config
 from .family_base import FamilyTests
 from .tokenizer_base import TokenizerTests
 
@@ -111,3 +117,91 @@ class TestCode(TestVar):
 
     def make_decoding(self, name):
         return name
+
+
+class TestLlamaGenVQ(TokenizerTests):
+    model_class = LlamaGenVQModel
+    picture = (3, 8, 8)
+    num_tokens = 16
+    codebook_size = 16
+    quantizer = "quantizer"
+
+    def make_config(self, **changes) -> LlamaGenVQConfig:
+        return llamagen_vq_config(**{"grid_size": 4, **changes})
+
+
+class TestLlamaGenVQOfDistances(TestLlamaGenVQ):
+    """Codes as they are stored, another decoder than encoder, pictures that are not square."""
+
+    picture = (1, 8, 16)
+    num_tokens = 8
+
+    def make_config(self, **changes):
+        fields = {
+            "normalize_codes": False,
+            "in_channels": 1,
+            "grid_size": [2, 4],
+            "channel_multiplier": [1, 1, 2],
+            "decoder_channel_multiplier": [2, 1, 1],
+        }
+        return llamagen_vq_config(**{**fields, **changes})
+
+
+class TestLlamaGen(FamilyTests):
+    model_class = LlamaGenForImageGeneration
+    num_tokens = 16
+    picture = (3, 8, 8)
+    decodings = [
+        "grouped_speculative",
+        "maximal_coupling_jacobi",
+        "next_token",
+        "relaxed_acceptance",
+        "speculative_jacobi",
+    ]
+
+    def make_decoding(self, name):
+        if name == "next_token":
+            return name
+        if name == "relaxed_acceptance":
+            return RelaxedAcceptance(self.make_model(hidden_size=16, num_hidden_layers=1))
+        return {"type": name, "window": 3}
+
+    def make_config(self, **changes) -> LlamaGenConfig:
+        return llamagen_config(**changes)
+
+
+class TestLlamaGenOfText(TestLlamaGen):
+    """Caption embeddings, given, of unequal length; pictures that are not square."""
+
+    num_tokens = 8
+    picture = (3, 4, 8)
+
+    def make_config(self, **changes):
+        tokenizer = llamagen_vq_config(grid_size=[2, 4])
+        fields = {"condition_type": "text", "text_embed_dim": 12, "max_prompt_tokens": 6}
+        return super().make_config(**{"image_tokenizer_config": tokenizer, **fields, **changes})
+
+    def conditions(self, size):
+        generator = torch.Generator().manual_seed(1)
+        mask = (torch.arange(6)[None] >= torch.arange(size)[:, None] % 4).long()
+        return {
+            "prompt_embeds": torch.randn(size, 6, 12, generator=generator),
+            "prompt_attention_mask": mask,
+        }
+
+
+class TestLlamaGenWithTextEncoder(TestLlamaGen):
+    """A T5 encoder inside the model."""
+
+    def make_config(self, **changes):
+        encoder = T5Config(
+            vocab_size=20, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+        )
+        fields = {"condition_type": "text", "text_embed_dim": 12, "max_prompt_tokens": 6}
+        return super().make_config(text_encoder_config=encoder, **{**fields, **changes})
+
+    def conditions(self, size):
+        ids = torch.arange(size * 5).view(size, 5) % 19 + 1
+        mask = torch.ones_like(ids)
+        mask[0, 3:] = 0
+        return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}

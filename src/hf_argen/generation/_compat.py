@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
     GenerationConfig,
     GenerationMixin,
@@ -196,6 +197,13 @@ INTERNAL_MASKS = ("gpt_neo",)  # their attention reads positions off the columns
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of the language model, which a model of several modalities nests."""
     return model.config.get_text_config(decoder=True)
+
+
+def load_like(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Another model of the kind of `model` from a folder or the Hub, in its dtype and on its device."""
+    is_own = hasattr(model, "predictor_class")
+    loaded = (type(model) if is_own else AutoModelForCausalLM).from_pretrained(name, dtype=model.dtype)
+    return loaded.to(model.device).eval()
 
 
 def takes_argument(model: PreTrainedModel, name: str) -> bool:

@@ -25,7 +25,7 @@ class ImageGenerationOutput(ModelOutput):
 
     Attributes:
         sequences: generated ids (batch, tokens) int64, or latents.
-        images: (batch, channels, height, width) float32 in [0, 1].
+        images: (batch, channels, height, width) float32 in [0, 1]; `None` without image tokenizer.
         steps: decoding steps.
         forward_calls: forward calls of the model, those of a drafter included.
         class_labels: (batch,) the classes that were asked for or drawn; class-conditional models only.
@@ -196,9 +196,11 @@ class ImageGenerationMixin(GenerationMixin):
         details = dict(result.details)
         if not config.output_logits:
             details.pop("logits", None)
+        decodable = result.sequences if result.decodable is None else result.decodable
+        images = self.decode_partly(decodable) if self.image_tokenizer is not None else None
         return ImageGenerationOutput(
             sequences=result.sequences,
-            images=self.decode_images(result.sequences if result.decodable is None else result.decodable),
+            images=images,
             steps=result.steps,
             forward_calls=result.forward_calls,
             class_labels=inputs.get("class_labels"),

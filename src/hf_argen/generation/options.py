@@ -64,7 +64,7 @@ def prepare_options(
         call = _set_options(generation_config) | call
     stored = _set_options(model.generation_config)
     asked = stored | call
-    check_values(asked, getattr(model.config, "vocab_size", None))
+    check_values(asked, math.inf if model.clips_top_k else getattr(model.config, "vocab_size", None))
     stored.pop(
         "eos_token_id", None
     )  # harmless where a model happens to store it; asked for, it must not be ignored
@@ -119,13 +119,13 @@ def _refuse(model: Any, asked: dict[str, Any]) -> None:
         raise ValueError(f"generate() of {type(model).__name__} does not support {', '.join(names)}.")
 
 
-def check_values(options: dict[str, Any], vocab_size: int | None) -> None:
+def check_values(options: dict[str, Any], vocab_size: float | None) -> None:
     """
     Ranges that transformers clamps silently, or that would only be noticed in the middle of the work.
 
     Args:
         options: by name; those that are missing or `None` are not checked.
-        vocab_size: codes to draw from; `None` for models that draw none.
+        vocab_size: codes to draw from, infinite where a larger `top_k` means all of them; `None` for models that draw none.
     """
     checks: dict[str, tuple[str, Any]] = {
         "temperature": (

@@ -16,10 +16,8 @@ from transformers import (
     EtaLogitsWarper,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
-    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -107,19 +105,26 @@ class Transcript:
         places = torch.tensor(self.lengths, device=self._ids.device)[:, None] + self.start - 1
         return self._ids.gather(1, places)
 
+    def at(self, places: torch.Tensor) -> torch.Tensor:
+        """(batch,) int64, the generated token of each row at its place (batch,); negative places reach the prompt."""
+        return self._ids.gather(1, (places + self.start).clamp(min=0)[:, None])[:, 0]
+
     def sequences(self) -> torch.Tensor:
         """(batch, tokens) int64: the generated ids, filled up with the pad token."""
         return self._ids[:, self.start : self.start + max(self.lengths)]
 
     # Scores
 
-    def process(self, logits: torch.Tensor, drafts: torch.Tensor | None = None) -> torch.Tensor:
+    def process(
+        self, logits: torch.Tensor, drafts: torch.Tensor | None = None, skip: int = 0
+    ) -> torch.Tensor:
         """
         Logits through the logits processors.
 
         Args:
-            logits: (batch, n, vocab_size) float32; the i-th predict the token after the row and `drafts[:, :i]`.
-            drafts: (batch, at least n - 1) int64, tokens that may follow; default: none, for n = 1.
+            logits: (batch, n, vocab_size) float32; the i-th predict the token after the row and its first `skip` + i
+                drafts.
+            drafts: (batch, at least `skip` + n - 1) int64, tokens that may follow; default: none, for n = 1.
 
         Returns:
             scores of the same shape.
@@ -132,7 +137,7 @@ class Transcript:
                 scores = processors(empty, scores.reshape(-1, scores.shape[-1])).view(scores.shape)
             else:
                 places = range(scores.shape[1])
-                columns = [self._in_context(processors, scores[:, i], drafts, i) for i in places]
+                columns = [self._in_context(processors, scores[:, i], drafts, skip + i) for i in places]
                 scores = torch.stack(columns, dim=1)
         return scores
 
@@ -147,13 +152,13 @@ class Transcript:
 
         if self.is_even:
             return processors(context(0, slice(None)), scores)
+        # Rows of unequal length make no batch. A processor may ask which row of the batch it sees, so it sees as many.
         parts = []
         for row in range(self.batch_size):
-            ids, own = context(row, slice(row, row + 1)), scores[row : row + 1]
-            for processor in processors:
-                own = _of_row(processor, ids, own, row)
-            parts.append(own)
-        return torch.cat(parts)
+            ids = context(row, slice(row, row + 1)).repeat(self.batch_size, 1)
+            own = scores[row : row + 1].repeat(self.batch_size, 1)
+            parts.append(processors(ids, own)[row])
+        return torch.stack(parts)
 
     # Growth
 
@@ -246,13 +251,6 @@ class Transcript:
         """(batch, tokens, vocab_size): the kept "logits" or "scores"; zeros after the end of a row."""
         rows = [torch.stack(row) for row in self.kept[name]]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _of_row(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, row: int) -> torch.Tensor:
-    """A processor on one row; one that asks which row of the batch it sees is shown the rows before, too."""
-    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
-        return processor(ids, scores)
-    return processor(ids.repeat(row + 1, 1), scores.repeat(row + 1, 1))[-1:]
 
 
 def choose(scores: torch.Tensor, do_sample: bool, generator: Generators = None) -> torch.Tensor:

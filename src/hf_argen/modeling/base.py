@@ -126,6 +126,21 @@ class ImageModelMixin:
         return pixels.add(1).mul(0.5)
 
     @torch.no_grad()
+    def decode_partly(self, sequences: torch.Tensor) -> torch.Tensor:
+        """As `decode_images`, of pictures whose last rows of tokens may be missing; grey stands in their place."""
+        height, width = self.config.grid_sizes[-1]
+        if sequences.is_floating_point() or sequences.shape[1] >= height * width:
+            return self.decode_images(sequences)
+        tokenizer = self.check_image_tokenizer()
+        factor, rows = tokenizer.config.downsampling_factor, sequences.shape[1] // width
+        size = (len(sequences), tokenizer.config.in_channels, height * factor, width * factor)
+        pictures = torch.full(size, 0.5, device=sequences.device)
+        if rows:
+            pixels = tokenizer.decode(sequences[:, : rows * width], grid_size=(rows, width))
+            pictures[:, :, : rows * factor] = pixels.float().add(1).mul(0.5)
+        return pictures
+
+    @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pictures (batch, channels, height, width) in [-1, 1] to tokens."""
         return self.check_image_tokenizer().encode(pixel_values)

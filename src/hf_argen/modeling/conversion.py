@@ -133,6 +133,8 @@ class Converter:
             arguments (role -> dict) to the plan of the conversion.
         containers: role of a file that nests several state dicts -> which role lies at which path inside it.
             A file given for a role of its own takes precedence.
+        nestings: role of a file that holds plain tensors -> where in the file they may lie; the first place that it
+            has counts, and the top if it has none of them.
         allowed_globals: classes that the authors' trainers pickle beside the tensors.
         hub_roles: roles of which the authors have a class on huggingface_hub's mixin; it saves a folder whose
             config.json holds the constructor's arguments.
@@ -142,6 +144,7 @@ class Converter:
     roles: Mapping[str, KeyMap]
     plan: Callable[[dict[str, StateDict], Mapping[str, Mapping[str, Any]]], ConversionPlan]
     containers: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    nestings: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     allowed_globals: Sequence[Callable] = ()
     hub_roles: Sequence[str] = ()
 
@@ -220,11 +223,20 @@ def _read_weights(converter: Converter, files: Mapping[str, str | Path]) -> dict
     weights: dict[str, StateDict] = {}
     for role, file in files.items():
         content = read_checkpoint(file, role, converter.allowed_globals)
-        for inner, path in converter.containers.get(role, {role: ()}).items():
+        places = converter.containers.get(role, {role: _nesting(converter, role, content)})
+        for inner, path in places.items():
             if inner == role or inner not in files:
                 weights[inner] = tensors_at(content, path, role, file)
                 _check_keys(converter, inner, weights[inner], file)
     return weights
+
+
+def _nesting(converter: Converter, role: str, content: Mapping[str, Any]) -> Sequence[str]:
+    """Where in the content of a file the tensors of a role lie."""
+    for path in converter.nestings.get(role, ()):
+        if isinstance(content.get(path[0]), Mapping):
+            return path
+    return ()
 
 
 def _check_keys(converter: Converter, role: str, state_dict: StateDict, file: str | Path) -> None:

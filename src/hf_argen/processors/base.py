@@ -168,7 +168,7 @@ class ImageGenerationProcessor(ProcessorMixin):
         for image in images:
             if not isinstance(image, Image.Image):
                 raise ValueError(f"A picture is given as {type(image).__name__}; give PIL images.")
-            image = _cut(flatten(image), height, width)
+            image = self.cut(flatten(image), height, width)
             batch.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         return torch.stack(batch).float() / 127.5 - 1
 
@@ -183,6 +183,11 @@ class ImageGenerationProcessor(ProcessorMixin):
             mask = _cut(ImageOps.exif_transpose(mask).convert("L"), height, width, Image.Resampling.BOX)
             batch.append(torch.from_numpy(np.array(mask)) >= 128)
         return torch.stack(batch)
+
+    @staticmethod
+    def cut(image: Image.Image, height: int, width: int) -> Image.Image:
+        """A picture of the model's size: short side resized, centre cut out."""
+        return _cut(image, height, width)
 
     @staticmethod
     def postprocess(images: torch.Tensor) -> list[Image.Image]:

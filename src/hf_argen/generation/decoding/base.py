@@ -175,6 +175,13 @@ class Decoding(ABC):
         return {"type": self.type_name(), **options}
 
     def _stored(self, name: str, value: Any) -> Any:
+        """The plain form of an option; a model is referenced by name."""
+        if isinstance(value, torch.nn.Module):
+            if not value.name_or_path:
+                raise ValueError(
+                    f"The {name} was never saved or loaded; save it first, a decoding is stored by name."
+                )
+            return value.name_or_path
         return list(value) if isinstance(value, tuple) else value
 
     @classmethod

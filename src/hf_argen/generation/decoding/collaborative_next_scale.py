@@ -102,12 +102,3 @@ class CollaborativeNextScale(NextScale):
         batch, _, vocab = logits.shape
         for length in refiner.scale_lengths[: refiner.step]:
             categorical(logits.new_full((batch, length, vocab), 1 / vocab), generator)
-
-    def _stored(self, name: str, value: Any) -> Any:
-        if name == "refiner" and not isinstance(value, str):
-            if not value.name_or_path:
-                raise ValueError(
-                    "The refiner was never saved or loaded; save it first, a decoding is stored by name."
-                )
-            return value.name_or_path
-        return super()._stored(name, value)

@@ -40,6 +40,9 @@ class LanguageModelPredictor(NextTokenPredictor):
         self._patterns = _compat.attention_patterns(model)
         self._most_positions = getattr(_compat.text_config(model), "max_position_embeddings", None)
 
+    def for_model(self, model: Any) -> "LanguageModelPredictor":
+        return type(self)(model, self.guidance_scale, self.unconditional)
+
     def most_tokens(self) -> int:
         return 0  # no grid to fill: `reserve` says how many
 

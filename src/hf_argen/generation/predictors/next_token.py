@@ -141,6 +141,10 @@ class NextTokenPredictor(Predictor):
         """
         self.capacity, self.is_static = tokens, is_static
 
+    def for_model(self, model: Any) -> "NextTokenPredictor":
+        """A predictor of another model for the same request."""
+        return type(self)(model, self.guidance)
+
     def prefill(self, inputs: dict[str, Any]) -> torch.Tensor:
         """
         Args:

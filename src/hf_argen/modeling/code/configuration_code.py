@@ -4,8 +4,9 @@ from dataclasses import field
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..layers.sub_config import as_config
 from ..tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
-from ..var.configuration_var import VarConfig, as_config
+from ..var.configuration_var import VarConfig
 
 
 class CodeConfig(VarConfig):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,3 +63,20 @@ def block_causal_mask(
     hidden = block[sum(lengths[:first_query]) :, None] < block[None, :]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def causal_mask(
+    length: int, hidden: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """
+    Additive mask (batch or 1, 1, length, length) under which a token sees itself and what comes before it.
+
+    Args:
+        hidden: (batch, n) bool, those of the first `n` positions that no one sees but themselves (padding).
+    """
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
+    if hidden is not None:
+        padded = F.pad(hidden, (0, length - hidden.shape[1]))
+        seen = (seen & ~padded[:, None]) | torch.eye(length, dtype=torch.bool, device=device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)

@@ -17,3 +17,19 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.fc2(self.act(self.fc1(hidden_states))))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) without biases (arXiv 2002.05202), (..., hidden_size) to the same shape."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, dropout: float = 0.0):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.act = ACT2FN[hidden_act]
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gated = self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.dropout(self.down_proj(gated))

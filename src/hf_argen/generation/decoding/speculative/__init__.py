@@ -1,0 +1,1 @@
+"""Parts of draft-and-verify decodings that several of them share."""

@@ -1,0 +1,1 @@
+"""LlamaGen: next-token prediction of image tokens with a plain Llama (arXiv 2406.06525)."""

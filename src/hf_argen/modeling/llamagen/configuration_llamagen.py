@@ -1,0 +1,110 @@
+"""Configuration of LlamaGen."""
+
+import math
+from dataclasses import field
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..layers.sub_config import as_config
+from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig, as_sides, normalize_grid
+
+
+class LlamaGenConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LlamaGenForImageGeneration`] (LlamaGen, arXiv 2406.06525). The defaults are the released
+    class-conditional GPT-B at 256 px.
+
+    Args:
+        image_tokenizer_config: configuration of the visual tokenizer, by default that of VQ-16; `None` builds a model
+            without tokenizer.
+        vocab_size: codes; taken from the tokenizer where not given.
+        grid_size: side of the token grid, or `[height, width]`; by default the tokenizer's, or else 16.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: the transformer;
+            `intermediate_size` is by default 8/3 of `hidden_size`, rounded up to a multiple of 256.
+        rms_norm_eps: of all norms.
+        rope_theta: base of the 2-D rotary embedding.
+        embedding_dropout, attention_dropout, residual_dropout, mlp_dropout, drop_path_rate: in training; the drop path
+            grows linearly with depth.
+        condition_type: "class" or "text".
+        num_classes: classes of a class-conditional model.
+        has_null_class: whether a null class of guidance comes after them.
+        text_embed_dim: width of the caption embeddings of a text-conditional model (2048 for FLAN-T5-XL).
+        max_prompt_tokens: caption embeddings before the first image token.
+        text_encoder_config: configuration of a T5 encoder inside the model; `None` when embeddings are given as
+            `prompt_embeds`.
+        condition_dropout: share of training rows whose condition is replaced by the null condition.
+        initializer_range: standard deviation of the weights.
+    """
+
+    model_type = "llamagen"
+    sub_configs = {"image_tokenizer_config": LlamaGenVQConfig, "text_encoder_config": AutoConfig}
+
+    image_tokenizer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    vocab_size: int | None = None
+    grid_size: int | list[int] | tuple[int, ...] | None = None
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.1
+    mlp_dropout: float = 0.1
+    drop_path_rate: float = 0.0
+    condition_type: str = "class"
+    num_classes: int = 1000
+    has_null_class: bool = True
+    text_embed_dim: int = 2048
+    max_prompt_tokens: int = 120
+    text_encoder_config: dict | PreTrainedConfig | None = None
+    condition_dropout: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.image_tokenizer_config = as_config(self.image_tokenizer_config, LlamaGenVQConfig)
+        self.text_encoder_config = as_config(self.text_encoder_config)
+        tokenizer = self.image_tokenizer_config
+        if self.vocab_size is None:
+            self.vocab_size = 16384 if tokenizer is None else tokenizer.codebook_size
+        if self.grid_size is None:
+            self.grid_size = getattr(tokenizer, "grid_size", None) or 16
+        self.grid_size = normalize_grid(self.grid_size)
+        if getattr(tokenizer, "grid_size", self.grid_size) is None:
+            tokenizer.grid_size = self.grid_size
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * math.ceil(int(8 * self.hidden_size / 3) / 256)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.condition_type not in ("class", "text"):
+            raise ValueError(f"condition_type is {self.condition_type!r}; it must be 'class' or 'text'.")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} gives no head width "
+                "that is a multiple of 4, which the 2-D rotary embedding needs."
+            )
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the token grid, as a list of one."""
+        return [as_sides(self.grid_size)]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of a picture."""
+        height, width = as_sides(self.grid_size)
+        return height * width
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the condition before the first image token."""
+        return 1 if self.condition_type == "class" else self.max_prompt_tokens
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads

@@ -1,0 +1,89 @@
+"""Configuration of LlamaGen's VQ tokenizer."""
+
+from transformers import PreTrainedConfig
+
+
+class LlamaGenVQConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LlamaGenVQModel`] (LlamaGen, arXiv 2406.06525). The defaults are those of the released VQ-16;
+    VQ-8 has the channel multiplier (1, 2, 2, 4).
+
+    Args:
+        codebook_size: number of codes.
+        codebook_dim: channels of a code.
+        normalize_codes: latents and codes are brought to unit length before they are compared and whenever a code is
+            looked up; the stored codes need not be.
+        latent_channels: channels between encoder or decoder and the 1x1 convolutions around the codebook.
+        base_channels: width of the first level of encoder and decoder.
+        channel_multiplier: width of each level in units of `base_channels`, from the highest resolution down; its
+            length fixes the downsampling factor 2 ** (levels - 1).
+        decoder_channel_multiplier: the same for the decoder; default: that of the encoder.
+        num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
+        norm_num_groups, norm_eps: of every group norm.
+        dropout: inside the residual blocks, in training.
+        in_channels: channels of the picture.
+        grid_size: side of the token grid, or `[height, width]`; `None` takes pictures of any size.
+        commitment_loss_weight, entropy_loss_weight: of the terms of the training loss.
+    """
+
+    model_type = "llamagen_vq"
+
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    normalize_codes: bool = True
+    latent_channels: int = 256
+    base_channels: int = 128
+    channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_channel_multiplier: list[int] | tuple[int, ...] | None = None
+    num_res_blocks: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    in_channels: int = 3
+    grid_size: int | list[int] | tuple[int, ...] | None = None
+    commitment_loss_weight: float = 0.25
+    entropy_loss_weight: float = 0.0
+
+    def __post_init__(self, **kwargs):
+        self.channel_multiplier = list(self.channel_multiplier)
+        self.decoder_channel_multiplier = list(self.decoder_channel_multiplier or self.channel_multiplier)
+        self.grid_size = normalize_grid(self.grid_size)
+        if len(self.channel_multiplier) != len(self.decoder_channel_multiplier):
+            raise ValueError(
+                f"channel_multiplier has {len(self.channel_multiplier)} levels and decoder_channel_multiplier "
+                f"{len(self.decoder_channel_multiplier)}; they must be as many."
+            )
+        for multiplier in self.channel_multiplier + self.decoder_channel_multiplier:
+            if (self.base_channels * multiplier) % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups={self.norm_num_groups} does not divide the width "
+                    f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
+                )
+        super().__post_init__(**kwargs)
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels per side of one token."""
+        return 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the token grid, as a list of one; empty if any size will do."""
+        return [] if self.grid_size is None else [as_sides(self.grid_size)]
+
+
+def as_sides(grid_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of a grid, of which a number is the side of a square."""
+    return (grid_size, grid_size) if isinstance(grid_size, int) else (int(grid_size[0]), int(grid_size[1]))
+
+
+def normalize_grid(
+    grid_size: int | list[int] | tuple[int, ...] | None,
+) -> int | list[int] | None:
+    """The form that is stored: `n` for a square grid, `[height, width]` otherwise."""
+    if grid_size is None:
+        return None
+    height, width = as_sides(grid_size)
+    if height < 1 or width < 1:
+        raise ValueError(f"grid_size is {grid_size}; every side must be at least 1.")
+    return height if height == width else [height, width]
