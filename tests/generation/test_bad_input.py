@@ -148,7 +148,7 @@ def test_values_at_the_ends_of_their_ranges(model):
 @pytest.mark.parametrize(
     "schedule, match",
     [
-        ("lin", "guidance_schedule is 'lin'; known are constant, linear"),
+        ("lin", "guidance_schedule is 'lin'; known are constant, interval, linear, power_cosine, soft_cfg"),
         (3, "guidance_schedule is 3; known are"),
         ([1, 1], "has 2 factors; this model takes 3 steps"),
         ([0, -1, 1], "gives -1 at step 1; every factor must be finite, 0 or above"),
@@ -171,7 +171,7 @@ def test_numbers_of_tokens_at_which_no_scale_ends(model, count):
     "decoding, match",
     [
         ("nxt_scale", r"no decoding 'nxt_scale'; known are .*Did you mean 'next_scale'\?"),
-        ({"type": "next_token"}, "no decoding 'next_token'"),
+        ({"type": "next_word"}, "no decoding 'next_word'"),
         ({"smooth": True}, 'its name under "type"'),
         ({"type": "next_scale", "smoth": True}, "NextScale has no option smoth; it has smooth, "),
         (3, "decoding is a int; give an instance"),

@@ -37,7 +37,7 @@ class Interval:
     start: int = 0
     stop: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start < 0 or (self.stop is not None and self.stop < self.start):
             raise ValueError(
                 f"The guidance interval is [{self.start}, {self.stop}); it must start at 0 or later and not end "
@@ -60,7 +60,7 @@ class PowerCosine:
 
     power: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.power > 0:
             raise ValueError(f"The power of the guidance schedule is {self.power}; it must be above 0.")
 
@@ -68,11 +68,45 @@ class PowerCosine:
         return (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2
 
 
+@dataclass(frozen=True)
+class SoftCFG:
+    """
+    Guidance by all tokens drawn so far, not by the condition alone (SoftCFG, arXiv 2510.00996).
+
+    In the unconditional rows the attention values of every drawn token are scaled down, the more so the surer the
+    conditional prediction was when it was drawn: what the conditional rows know from it then guides, too.
+
+    Args:
+        schedule: factor on the strength of guidance at each step.
+        normalize: step normalisation: at every step what is taken off sums up to the value of one token, so that the
+            disturbance does not grow with the sequence.
+    """
+
+    schedule: "GuidanceSchedule" = "constant"
+    normalize: bool = True
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        return Guidance(1.0, self.schedule).strength(step, num_steps)
+
+    def value_weights(self, certainty: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            certainty: (batch, tokens) float32, the largest conditional probability at the place of each drawn token.
+
+        Returns:
+            factors (batch, tokens) on their values.
+        """
+        if self.normalize:
+            certainty = certainty / certainty.sum(dim=1, keepdim=True)
+        return 1 - certainty
+
+
 SCHEDULES: dict[str, Callable[[], ScheduleFunction]] = {
     "constant": lambda: constant,
     "linear": lambda: linear,
     "interval": Interval,
     "power_cosine": PowerCosine,
+    "soft_cfg": SoftCFG,
 }
 
 

@@ -27,6 +27,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.whole = whole
         self.length = 0
         self.places: torch.Tensor | None = None
+        self.value_weights: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -51,7 +52,11 @@ class PreallocatedLayer(CacheLayerMixin):
             self.values[:, :, self.length : end] = value_states
             self.length = end
         stop = self.capacity if self.whole else self.length
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        values = self.values[:, :, :stop]
+        if self.value_weights is not None:
+            weights = self.value_weights.to(values.device, values.dtype)
+            values = values * weights[:, None, :stop, None]
+        return self.keys[:, :, :stop], values
 
     def expect(self, places: torch.Tensor, length: int) -> None:
         """Makes the next `update` write to `places` (batch, new positions) int64, after which `length` are valid."""
@@ -143,6 +148,11 @@ class PreallocatedCache(Cache):
         """Rolls every layer back to its first `length` positions."""
         for layer in self.layers:
             layer.truncate(length)
+
+    def weigh_values(self, weights: torch.Tensor | None) -> None:
+        """From now on attention sees the values times `weights` (batch, capacity); what is stored stays as it is."""
+        for layer in self.layers:
+            layer.value_weights = weights
 
     def expect(self, places: torch.Tensor, length: int) -> None:
         """Makes the next update of every layer write to `places`; see [`PreallocatedLayer`]."""

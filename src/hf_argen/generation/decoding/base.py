@@ -106,28 +106,22 @@ class Decoding(ABC):
     def run(self, request: Request) -> DecodingResult:
         """Serves one request."""
 
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Any:
+    def __call__(self, model: Any, *args: Any, **inputs: Any) -> Any:
         """
         What transformers calls as `model.generate(..., custom_generate=decoding)` on a language model. Models of this
         package take `decoding=` instead.
 
         Raises:
-            ValueError: the decoding does not fit the model.
+            ValueError: the decoding does not fit the model, or the model is one of this package.
         """
-        self.check_fits(model)
         from ..language_model import decode
 
-        return decode(
-            self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-        )
+        self.check_fits(model)
+        if hasattr(model, "predictor_class"):
+            raise ValueError(
+                f"{self.type_name()!r} goes to generate() of {type(model).__name__} as decoding=."
+            )
+        return decode(self, model, *args, **inputs)
 
     def bind(self, **bound: Any) -> Callable[..., Any]:
         """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..cache import PreallocatedCache
-from ..guidance import Guidance
+from ..guidance import Guidance, SoftCFG
 from .base import Predictor
 from .masks import Pattern, View, additive
 from .tree import NodeTree
@@ -66,6 +66,8 @@ class NextTokenPredictor(Predictor):
         self.capacity = self.num_tokens
         self.is_static = False
         self._context: dict[str, torch.Tensor] = {}
+        # With SoftCFG: how sure the conditional rows were of each token, (batch, tokens) float32, that of the next last.
+        self._certainty: torch.Tensor | None = None
 
     # What differs between our families and the language models of transformers
 
@@ -176,6 +178,23 @@ class NextTokenPredictor(Predictor):
         return self.guidance.combiner(self.num_tokens, device)
 
     @property
+    def is_soft(self) -> bool:
+        """Whether drawn tokens guide, too; then tokens have to be fed one by one."""
+        return self.is_guided and isinstance(self.guidance.factor, SoftCFG)
+
+    def _weigh_values(self, n: int) -> None:
+        """Scales the values of the drawn tokens, the one that is fed now included, in the unconditional rows."""
+        if n != 1 or self._nodes.size != 1 or not self.is_even:
+            raise ValueError(
+                "SoftCFG weighs every token by how surely it was drawn, so tokens have to come one by one; use "
+                "decoding='next_token', or another guidance_schedule."
+            )
+        weights = torch.ones(2 * self.batch_size, self._cache.capacity, device=self.length.device)
+        drawn = slice(self._prompt_length, self._prompt_length + self._certainty.shape[1])
+        weights[self.batch_size :, drawn] = self.guidance.factor.value_weights(self._certainty)
+        self._cache.weigh_values(weights)
+
+    @property
     def is_even(self) -> bool:
         """Whether all rows are of the same length."""
         return min(self._lengths) == max(self._lengths)
@@ -197,6 +216,8 @@ class NextTokenPredictor(Predictor):
         self._nodes.grow(n, parents, self.batch_size, device)
         depth = self._nodes.depths(n, device)
         start = self.length + self._prompt_length
+        if self.is_soft:
+            self._weigh_values(n)
         if not self.is_even:
             places = start[:, None] + torch.arange(before, before + n, device=device)
             end = self._prompt_length + max(self._lengths) + before + n
@@ -262,6 +283,8 @@ class NextTokenPredictor(Predictor):
         self._context = {name: value.index_select(0, paired) for name, value in self._context.items()}
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, paired)
+        if self._certainty is not None:
+            self._certainty = self._certainty.index_select(0, rows)
         self._nodes.select_rows(rows)
         self.length = self.length.index_select(0, rows)
         self._lengths = [self._lengths[row] for row in rows.tolist()]
@@ -276,4 +299,7 @@ class NextTokenPredictor(Predictor):
         if self.combine is None:
             return logits
         conditional, unconditional = logits.chunk(2)
+        if self.is_soft:
+            sure = conditional[:, -1:].softmax(dim=-1).amax(dim=-1)
+            self._certainty = sure if self._certainty is None else torch.cat([self._certainty, sure], dim=1)
         return self.combine(conditional, unconditional, steps)

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import field
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..config_checks import check_positive, check_shares
 from ..layers.sub_config import as_config
 from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig, as_sides, normalize_grid
 
@@ -37,6 +39,15 @@ class LlamaGenConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen"
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     sub_configs = {"image_tokenizer_config": LlamaGenVQConfig, "text_encoder_config": AutoConfig}
 
     image_tokenizer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
@@ -63,7 +74,7 @@ class LlamaGenConfig(PreTrainedConfig):
     condition_dropout: float = 0.1
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.image_tokenizer_config = as_config(self.image_tokenizer_config, LlamaGenVQConfig)
         self.text_encoder_config = as_config(self.text_encoder_config)
         tokenizer = self.image_tokenizer_config
@@ -80,6 +91,15 @@ class LlamaGenConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+        check_positive(self, (*sizes, "num_classes", "text_embed_dim", "max_prompt_tokens"))
+        dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout")
+        check_shares(self, (*dropouts, "drop_path_rate", "condition_dropout"))
+        tokenizer = self.image_tokenizer_config
+        if tokenizer is not None and not isinstance(tokenizer, LlamaGenVQConfig):
+            raise ValueError(
+                f"image_tokenizer_config is of type {tokenizer.model_type!r}; LlamaGen takes 'llamagen_vq'."
+            )
         if self.condition_type not in ("class", "text"):
             raise ValueError(f"condition_type is {self.condition_type!r}; it must be 'class' or 'text'.")
         if self.hidden_size % (4 * self.num_attention_heads):

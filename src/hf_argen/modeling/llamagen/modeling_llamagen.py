@@ -21,6 +21,7 @@ from ..layers.drop_path import DropPath
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
 from ..layers.rotary import rotary_2d, rotate_pairs
+from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
 from .configuration_llamagen import LlamaGenConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -238,21 +239,19 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
         self.head = CategoricalHead(config.hidden_size, config.vocab_size, bias=False)
         self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
         self.text_encoder = self.build_text_encoder(config.text_encoder_config)
-        self._check_tokenizer_fits()
         self.post_init()
 
-    def _check_tokenizer_fits(self) -> None:
-        tokenizer = self.config.image_tokenizer_config
-        if tokenizer is None:
-            return
-        if tokenizer.codebook_size != self.config.vocab_size:
+    def check_tokenizer_fits(self, config: LlamaGenVQConfig) -> None:
+        """Refuses a tokenizer of other codes or another grid; one that takes pictures of any size gets the grid."""
+        if config.codebook_size != self.config.vocab_size:
             raise ValueError(
-                f"vocab_size is {self.config.vocab_size} in the model and {tokenizer.codebook_size} in its image "
+                f"vocab_size is {self.config.vocab_size} in the model and {config.codebook_size} in its image "
                 "tokenizer; they must agree."
             )
-        if tokenizer.grid_sizes != self.config.grid_sizes:
+        config.grid_size = config.grid_size or self.config.grid_size
+        if config.grid_sizes != self.config.grid_sizes:
             raise ValueError(
-                f"The token grid is {self.config.grid_sizes[0]} in the model and {tokenizer.grid_sizes[0]} in its image "
+                f"The token grid is {self.config.grid_sizes[0]} in the model and {config.grid_sizes[0]} in its image "
                 "tokenizer; they must agree."
             )
 

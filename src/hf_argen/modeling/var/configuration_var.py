@@ -1,6 +1,7 @@
 """Configuration of VAR."""
 
 from dataclasses import field
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 

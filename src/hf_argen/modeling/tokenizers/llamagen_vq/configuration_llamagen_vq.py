@@ -1,6 +1,10 @@
 """Configuration of LlamaGen's VQ tokenizer."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
+
+from ...config_checks import check_positive, check_shares
 
 
 class LlamaGenVQConfig(PreTrainedConfig):
@@ -44,10 +48,20 @@ class LlamaGenVQConfig(PreTrainedConfig):
     commitment_loss_weight: float = 0.25
     entropy_loss_weight: float = 0.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.channel_multiplier = list(self.channel_multiplier)
         self.decoder_channel_multiplier = list(self.decoder_channel_multiplier or self.channel_multiplier)
         self.grid_size = normalize_grid(self.grid_size)
+        sizes = (
+            "codebook_size",
+            "codebook_dim",
+            "latent_channels",
+            "base_channels",
+            "num_res_blocks",
+            "in_channels",
+        )
+        check_positive(self, (*sizes, "norm_num_groups"))
+        check_shares(self, ("dropout",))
         if len(self.channel_multiplier) != len(self.decoder_channel_multiplier):
             raise ValueError(
                 f"channel_multiplier has {len(self.channel_multiplier)} levels and decoder_channel_multiplier "
