@@ -94,7 +94,7 @@ class RelaxedAcceptance(TokenLoop):
             return Relaxation(nearest_by_table(table), k, self.delta, self.factor)
         tokenizer = getattr(model, "image_tokenizer", None)
         if tokenizer is not None:
-            codes = tokenizer.quantizer.codes()
+            codes = tokenizer.quantizer.codes(model.input_device)
         else:
             codes = model.get_input_embeddings()(torch.arange(vocab, device=model.device)).float()
         if len(codes) != vocab:

@@ -39,15 +39,6 @@ class LlamaGenConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen"
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     sub_configs = {"image_tokenizer_config": LlamaGenVQConfig, "text_encoder_config": AutoConfig}
 
     image_tokenizer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
@@ -89,6 +80,17 @@ class LlamaGenConfig(PreTrainedConfig):
             self.intermediate_size = 256 * math.ceil(int(8 * self.hidden_size / 3) / 256)
         self._check()
         super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers splits the modules of [`LlamaGenModel`] over devices; attention is split by heads."""
+        columns = [f"layers.*.self_attn.{name}_proj" for name in "qkv"]
+        columns += ["layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"]
+        rows = ["layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"]
+        if self.condition_type == "text":
+            columns.append("text_projection.fc1")
+            rows.append("text_projection.fc2")
+        return dict.fromkeys(columns, "colwise") | dict.fromkeys(rows, "rowwise")
 
     def _check(self) -> None:
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")

@@ -1,6 +1,7 @@
 """LlamaGen: a Llama with 2-D rotary embedding over the tokens of a picture, row by row (arXiv 2406.06525)."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -256,6 +257,13 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
             )
 
     # The condition
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; the text encoder stays frozen, in evaluation mode, as the image tokenizer does."""
+        super().train(mode)
+        if self.text_encoder is not None:
+            self.text_encoder.eval().requires_grad_(False)
+        return self
 
     @staticmethod
     def build_text_encoder(config: PreTrainedConfig | None) -> nn.Module | None:

@@ -49,18 +49,17 @@ class Codebook(nn.Module):
         self.normalize = config.normalize_codes
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
 
-    def codes(self) -> torch.Tensor:
+    def codes(self, device: torch.device | None = None) -> torch.Tensor:
         """All codes as they are used, (codebook_size, codebook_dim) float32."""
-        index = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
-        return self.unit(self.embedding(index).float())
+        return self.embed(torch.arange(self.embedding.num_embeddings, device=device))
 
     def unit(self, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors of unit length, where codes are normalised."""
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (...) to codes (..., codebook_dim) float32."""
-        return self.unit(self.embedding(ids).float())
+        """Ids (...) to codes (..., codebook_dim) float32, on the device of the ids wherever the weights are."""
+        return self.unit(self.embedding(ids).float().to(ids.device))
 
     def distances(self, latents: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Squared distances of latents (n, channels) to all codes, (n, codebook_size)."""
@@ -70,11 +69,15 @@ class Codebook(nn.Module):
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Ids (batch, h, w) of the codes that are nearest to the latents."""
         latents = self.unit(latents.float())
-        return self.distances(latents.flatten(0, -2), self.codes()).argmin(dim=1).view(latents.shape[:-1])
+        return (
+            self.distances(latents.flatten(0, -2), self.codes(latents.device))
+            .argmin(dim=1)
+            .view(latents.shape[:-1])
+        )
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes in place of latents with straight-through gradients; codebook, commitment and entropy terms."""
-        latents, codes = self.unit(latents.float()), self.codes()
+        latents, codes = self.unit(latents.float()), self.codes(latents.device)
         distances = self.distances(latents.flatten(0, -2), codes)
         nearest = codes[distances.argmin(dim=1)].view(latents.shape)
         codebook_loss = F.mse_loss(nearest, latents.detach())
@@ -109,7 +112,8 @@ class LlamaGenVQModel(StrictPreTrainedModel):
     input_modalities = ("image",)
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["ResnetBlock", "SpatialAttention", "Codebook"]
+    # Not the codebook: FSDP would gather its weights in `forward` only, and it is used by its other methods.
+    _no_split_modules = ["ResnetBlock", "SpatialAttention"]
 
     def __init__(self, config: LlamaGenVQConfig):
         super().__init__(config)
