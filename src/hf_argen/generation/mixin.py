@@ -197,7 +197,8 @@ class ImageGenerationMixin(GenerationMixin):
         if not config.output_logits:
             details.pop("logits", None)
         decodable = result.sequences if result.decodable is None else result.decodable
-        images = self.decode_partly(decodable) if self.image_tokenizer is not None else None
+        has_tokenizer = self.image_tokenizer is not None or self.lent_image_tokenizer
+        images = self.decode_partly(decodable) if has_tokenizer else None
         return ImageGenerationOutput(
             sequences=result.sequences,
             images=images,

@@ -148,7 +148,7 @@ class LlamaGenVQModel(StrictPreTrainedModel):
 
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, H, W) in [-1, 1] to latents (batch, codebook_dim, h, w) before quantization."""
-        self._check_channels(pixel_values)
+        self._check_pixels(pixel_values)
         return self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype)))
 
     def decode_latents(self, codes: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,6 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         Raises:
             ValueError: the number of channels or the size of the picture does not fit.
         """
-        self._check_channels(pixel_values)
         self._check_size(pixel_values, grid_size)
         latents = self.encode_latents(pixel_values)
         return self.quantizer.nearest(latents.permute(0, 2, 3, 1)).flatten(1)
@@ -190,6 +189,11 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         if not codes.is_floating_point():
             height, width = self._grid(codes, grid_size)
             codes = self.quantizer.embed(codes).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        elif codes.ndim != 4 or codes.shape[1] != self.config.codebook_dim:
+            raise ValueError(
+                f"The codes have the shape {tuple(codes.shape)}; expected (batch, {self.config.codebook_dim}, height, "
+                "width). Ids are whole numbers."
+            )
         return self.decode_latents(codes).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -228,29 +232,33 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _check_channels(self, pixel_values: torch.Tensor) -> None:
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixel_values have the shape {tuple(pixel_values.shape)}; expected (batch, "
                 f"{self.config.in_channels}, height, width)."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}; give floating point numbers in [-1, 1]."
+            )
+        factor = self.config.downsampling_factor
+        if any(side == 0 or side % factor for side in pixel_values.shape[-2:]):
+            raise ValueError(
+                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; both sides must be "
+                f"multiples of {factor}."
+            )
 
     def _check_size(self, pixel_values: torch.Tensor, grid_size: GridSize | None) -> None:
-        factor = self.config.downsampling_factor
-        height, width = pixel_values.shape[-2:]
         grid = self.config.grid_size if grid_size is None else grid_size
-        if grid is None:
-            if height % factor or width % factor:
-                raise ValueError(
-                    f"pixel_values are {height}x{width} pixels; both sides must be multiples of {factor}: resize the "
-                    "picture."
-                )
+        if grid is None or pixel_values.ndim != 4:
             return
+        factor = self.config.downsampling_factor
         expected = tuple(side * factor for side in as_sides(grid))
-        if (height, width) != expected:
+        if tuple(pixel_values.shape[-2:]) != expected:
             raise ValueError(
-                f"pixel_values are {height}x{width} pixels; the grid {as_sides(grid)} needs "
-                f"{expected[0]}x{expected[1]}: resize the picture or pass another grid_size."
+                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; the grid {as_sides(grid)} "
+                f"needs {expected[0]}x{expected[1]}: resize the picture or pass another grid_size."
             )
 
     def _grid(self, ids: torch.Tensor, grid_size: GridSize | None) -> tuple[int, int]:
