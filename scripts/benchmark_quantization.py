@@ -30,7 +30,7 @@ from hf_argen.data.emoji import emoji_list
 
 ALWAYS_KEPT = ["image_tokenizer"]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-INT8 = {"load_in_8bit": True}
+BITS = {"8-bit": {"load_in_8bit": True}, "nf4": NF4}
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", action="append", default=[], metavar="NAME,NAME", help="one more choice of kept modules"
     )
+    parser.add_argument("--bits", choices=["8-bit", "nf4"], action="append", help="only these; default: both")
     parser.add_argument("--batch", type=int, default=8, help="pictures that are compared and timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -274,7 +275,8 @@ def main() -> None:
     if not arguments.no_kinds:
         kinds_table(arguments.model, probe, full)
     choices = [Choice("float32", dtype=torch.float32), Choice("bfloat16")]
-    for name, bits in (("8-bit", INT8), ("nf4", NF4)):
+    for name in arguments.bits or BITS:
+        bits = BITS[name]
         choices.append(Choice(f"{name}, all layers", bits, ()))
         choices += [Choice(f"{name}, {kept} kept", bits, tuple(kept.split(","))) for kept in arguments.keep]
         choices.append(Choice(f"{name}, as the family keeps", bits))

@@ -95,7 +95,7 @@ def test_failure_leaves_nothing_behind(tmp_path, capsys, options, monkeypatch):
     assert not list(tmp_path.iterdir())
 
     def breaks_off(self, folder, **kwargs):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{")
         raise OSError("No space left on device")
 

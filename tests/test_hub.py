@@ -175,7 +175,7 @@ def test_the_template_of_transformers_gives_way(hub, model):
 
 
 def test_codes_of_what_is_not_there(hub):
-    hub.add(REPO, {"config.json": b"{}"})
+    hub.add(REPO, {"config.json": b'{"model_type": "var"}'})
     for error, repo, file, revision in (
         (RepositoryNotFoundError, "tester/none", "config.json", None),
         (RevisionNotFoundError, REPO, "config.json", "none"),

@@ -1,11 +1,11 @@
 """Opening the model that `--model` names."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 from hf_argen import VarForImageGeneration
-from hf_argen.cli import opening
 
 from ..helpers.tiny import text_var_config
 from ..test_cli import fails
@@ -22,11 +22,9 @@ def test_quantization(argen, capsys, text_model, monkeypatch):
             ["generate", "a cat", "--model", text_model, "--quantize", "4bit"],
             "pip install bitsandbytes",
         )
-    config = text_var_config(80)
-    config.hidden_size, config.intermediate_size = 64, 128
-    skipped = opening._not_quantized(config)
-    assert "model.input_projection" in skipped and "head" in skipped
-    assert "model.layers.0.self_attn.q_proj" not in skipped
+    for bits in ("8bit", "4bit"):
+        argen("red apple", "--quantize", bits, "--seed", "0", "-o", f"{bits}.png")
+    assert len({Path(name).read_bytes() for name in ("8bit.png", "4bit.png")}) == 2
 
 
 def test_quantized_layers_get_inputs_in_the_dtype_of_computation():

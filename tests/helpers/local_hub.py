@@ -77,7 +77,7 @@ class Faults:
     What goes wrong.
 
     Attributes:
-        break_after: the connections of the next downloads end after so many bytes, one entry each.
+        break_after: the connections of the next downloads that are longer end after so many bytes, one entry each.
         bytes_per_second: of every download.
         without_ranges: answer with the whole file whatever was asked.
         corrupt: the next downloads have one bit changed, one entry each.
@@ -493,7 +493,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = bytearray(content[start:stop])
         if faults.corrupt and faults.corrupt.pop(0):
             body[len(body) // 2] ^= 1
-        breaks = faults.break_after.pop(0) if faults.break_after else None
+        is_long = faults.break_after and len(body) > faults.break_after[0]
+        breaks = faults.break_after.pop(0) if is_long else None
         self.send(status, {**headers, "Content-Length": str(len(body))})
         for place in range(0, len(body), CHUNK):
             piece = body[place : place + CHUNK]

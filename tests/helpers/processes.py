@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then starts processes in a moment
-CONTEXT.set_forkserver_preload(["tests.helpers.processes", "tests.helpers.tiny", "transformers.trainer"])
+CONTEXT.set_forkserver_preload(
+    ["tests.helpers.processes", "tests.helpers.tiny", "transformers.trainer", "hf_argen.cli.sampling"]
+)
 PATIENCE = 300  # seconds
 SIZE = 2
 

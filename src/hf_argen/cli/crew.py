@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-PATIENCE = timedelta(days=30)  # one process may have much more to do than another
+PATIENCE = timedelta(days=1)  # one process may have much more to do than another
 
 
 @dataclass

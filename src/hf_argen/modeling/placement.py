@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 BLOCK = 64  # weights that share a scale in 4 bits
@@ -51,6 +52,8 @@ def quantized(options: dict[str, Any]) -> dict[str, Any]:
     quantization = options.get("quantization_config")
     if quantization is None:
         return options
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
     options = {**options, "quantization_config": copy.deepcopy(quantization)}
     given = options.pop("torch_dtype", None)
     dtype = options["dtype"] = options.get("dtype") or given or torch.bfloat16

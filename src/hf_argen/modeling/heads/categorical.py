@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..layers.precision import suited
+
 
 class CategoricalHead(nn.Module):
     """Linear layer from hidden states (..., hidden_size) to logits (..., vocab_size)."""
@@ -14,7 +16,7 @@ class CategoricalHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits in float32, whatever the dtype of the weights."""
-        return self.out_proj(hidden_states).float()
+        return self.out_proj(suited(hidden_states, self.out_proj)).float()
 
     @staticmethod
     def loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..layers.attention import attention_function, block_causal_mask, block_inde
 from ..layers.drop_path import DropPath
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
+from ..layers.precision import suited
 from ..layers.text_pooling import check_prompts, pool_tokens
 from ..tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
 from .configuration_var import VarConfig
@@ -144,7 +145,7 @@ class VarPreTrainedModel(ArgenPreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VarLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules = ["image_tokenizer"]
+    _keep_in_fp32_modules = ["image_tokenizer", "text_projection", "head.out_proj"]  # docs/scaling.md
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
@@ -266,7 +267,8 @@ class VarModel(VarPreTrainedModel):
         if drop is not None:
             null = self.null_text_embedding(drop.new_zeros(drop.shape, dtype=torch.long))
             pooled = torch.where(drop[:, None], null, pooled.to(null.dtype))
-        return self.text_projection(pooled.to(self.dtype_of_computation))
+        condition = self.text_projection(suited(pooled.to(self.dtype_of_computation), self.text_projection))
+        return condition.to(self.dtype_of_computation)
 
     def embed(
         self, condition: torch.Tensor, features: torch.Tensor | None, start: int, stop: int

@@ -13,37 +13,25 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_argen import VarForImageGeneration, VarProcessor
 from hf_argen.cli import main, stores
 from hf_argen.cli.files import read_record
 from hf_argen.cli.sampling import SampleRequest
 
-from .helpers.goldens import REPOSITORY
-from .helpers.processes import CONTEXT
-from .helpers.tiny import spread, text_tokenizer, text_var_config, tiny_var
-from .test_cli import fails
+from ..helpers.goldens import REPOSITORY
+from ..helpers.processes import CONTEXT
+from ..test_cli import fails
 
 CLASSES = 5
 OPTIONS = ["--guidance", "1.5", "--top-k", "8", "--seed", "3", "--batch", "4"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("class")
-    torch.manual_seed(0)
-    tiny_var().save_pretrained(folder)
-    names = ["goldfish", "volcano", "red fox", "red wine", "crane"]
-    VarProcessor(class_names=names, image_size=(16, 16)).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def sample(model, capsys):
+def sample(class_model, capsys):
     """Runs `argen sample`; what it prints."""
 
     def run(out, *arguments) -> str:
         capsys.readouterr()
-        assert main(["sample", "--model", model, "-o", str(out), *OPTIONS, *map(str, arguments)]) == 0
+        assert main(["sample", "--model", class_model, "-o", str(out), *OPTIONS, *map(str, arguments)]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         return captured.out
@@ -52,14 +40,14 @@ def sample(model, capsys):
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def whole(class_model, tmp_path_factory):
     """Three pictures of each class, drawn without interruption: the file of arrays and the folder."""
     folder = tmp_path_factory.mktemp("whole")
     for out in ("whole.npz", "whole"):
         arguments = [
             "sample",
             "--model",
-            model,
+            class_model,
             "-o",
             str(folder / out),
             *OPTIONS,
@@ -105,14 +93,9 @@ def test_every_picture_can_be_drawn_alone(whole, tmp_path):
         assert np.array_equal(pixels(tmp_path / "again.png"), pixels(path))
 
 
-def test_prompts_from_a_list(tmp_path, capsys):
-    tokenizer = text_tokenizer()
-    torch.manual_seed(0)
-    text_model = tmp_path / "model"
-    spread(VarForImageGeneration(text_var_config(len(tokenizer))), std=0.2).save_pretrained(text_model)
-    VarProcessor(tokenizer=tokenizer, image_size=(16, 16)).save_pretrained(text_model)
+def test_prompts_from_a_list(text_model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("red apple\n\n  blue car \n", encoding="utf-8")
-    arguments = ["sample", "--model", str(text_model), "-n", "2", "-o", str(tmp_path / "out")]
+    arguments = ["sample", "--model", text_model, "-n", "2", "-o", str(tmp_path / "out")]
     assert main([*arguments, "--list", str(tmp_path / "prompts.txt")]) == 0
     assert "4 pictures, seeds 0 to 3, " in capsys.readouterr().out
     records = [read_record(tmp_path / "out" / f"{i:06d}.png") for i in range(4)]
@@ -123,11 +106,11 @@ def test_prompts_from_a_list(tmp_path, capsys):
     fails(capsys, [*arguments, "blue car", "red apple"], "was begun with conditions 2 prompts", "--force")
 
 
-def test_two_processes_draw_the_same(whole, model, tmp_path):
+def test_two_processes_draw_the_same(whole, class_model, tmp_path):
     out = tmp_path / "shared.npz"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launcher, "--main_process_port", "0", "-m", "hf_argen.cli", "sample", "--model", model]
+    command = [*launcher, "--main_process_port", "0", "-m", "hf_argen.cli", "sample", "--model", class_model]
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY / "src"),
@@ -161,9 +144,9 @@ def start(arguments):
     return process
 
 
-def test_kills(whole, model, tmp_path):
+def test_kills(whole, class_model, tmp_path):
     """Killed at random moments, it goes on each time, and ends with what it would have drawn without."""
-    arguments = ["sample", "--model", model, *OPTIONS, "--all-classes", "-n", "3", "-o"]
+    arguments = ["sample", "--model", class_model, *OPTIONS, "--all-classes", "-n", "3", "-o"]
     start(["--version"]).join()  # the server that starts processes imports once
     started = time.perf_counter()
     process = start([*arguments, str(tmp_path / "first.npz")])
@@ -257,10 +240,10 @@ def test_goes_on_with_what_is_missing(whole, sample, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])
-def test_another_run_is_refused_unless_forced(sample, model, tmp_path, capsys, suffix):
+def test_another_run_is_refused_unless_forced(sample, class_model, tmp_path, capsys, suffix):
     out = tmp_path / f"out{suffix}"
     sample(out, "--class", "volcano", "-n", 2)
-    arguments = ["sample", "--model", model, "-o", out, *OPTIONS]
+    arguments = ["sample", "--model", class_model, "-o", out, *OPTIONS]
     for changed, word in (
         (["--class", "volcano", "-n", 2, "--guidance", 2], "guidance 1.5, not 2.0"),
         (["--class", "crane", "-n", 2], "conditions 1 classes, sha256"),
@@ -275,12 +258,12 @@ def test_another_run_is_refused_unless_forced(sample, model, tmp_path, capsys, s
         assert read_record(out / "000000.png")["class"] == "crane"
 
 
-def test_what_is_not_ours_stays(model, capsys, tmp_path):
+def test_what_is_not_ours_stays(class_model, capsys, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "000000.png").write_bytes(b"mine")
     np.savez(tmp_path / "mine.npz", arr_0=np.zeros(3))
     (tmp_path / "text.npz").write_text("mine")
-    command = ["sample", "--model", model, "--class", "1", "--force", "-o"]
+    command = ["sample", "--model", class_model, "--class", "1", "--force", "-o"]
     fails(capsys, [*command, tmp_path / "photos"], "is not empty; give another output")
     for name in ("mine.npz", "text.npz"):
         before = (tmp_path / name).read_bytes()
@@ -308,10 +291,10 @@ def test_what_is_not_ours_stays(model, capsys, tmp_path):
         (["--class", "1", "--dtype", "int8"], ["--dtype 'int8' is unknown"]),
     ],
 )
-def test_bad_input(model, capsys, tmp_path, monkeypatch, arguments, words):
+def test_bad_input(class_model, capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n \n")
-    fails(capsys, ["sample", "--model", model, *arguments], *words)
+    fails(capsys, ["sample", "--model", class_model, *arguments], *words)
     assert names(tmp_path) == ["empty.txt"]
 
 
