@@ -63,15 +63,17 @@ class Choice:
 
 @contextlib.contextmanager
 def keeping(folder: str, names: Sequence[str] | None) -> Iterator[None]:
-    """Within the `with` block the model's class keeps other modules than it does by itself."""
-    model_class = type(skeleton(folder))
-    own = model_class._keep_in_fp32_modules
+    """Within the `with` block the model's family keeps other modules than it does by itself."""
+    # The parts of a model are classes of the family too, and transformers joins what they keep: change the common base.
+    mro = type(skeleton(folder)).__mro__
+    base = next(one for one in mro if "_keep_in_fp32_modules" in vars(one))
+    own = base._keep_in_fp32_modules
     try:
         if names is not None:
-            model_class._keep_in_fp32_modules = [*ALWAYS_KEPT, *names]
+            base._keep_in_fp32_modules = [*ALWAYS_KEPT, *names]
         yield
     finally:
-        model_class._keep_in_fp32_modules = own
+        base._keep_in_fp32_modules = own
 
 
 def skeleton(folder: str) -> Any:
