@@ -29,6 +29,7 @@ class LlamaGenVQOutput(ModelOutput):
         codebook_loss: mean squared distance of the codes to the latents, which stand still.
         commitment_loss: the same with the codes standing still, weighted.
         entropy_loss: mean entropy of the assignments minus entropy of the mean assignment, weighted.
+        quantization_loss: the sum of the three last.
     """
 
     loss: torch.FloatTensor | None = None
@@ -37,6 +38,7 @@ class LlamaGenVQOutput(ModelOutput):
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
     entropy_loss: torch.FloatTensor | None = None
+    quantization_loss: torch.FloatTensor | None = None
 
 
 class Codebook(nn.Module):
@@ -67,7 +69,7 @@ class Codebook(nn.Module):
         return squares - 2 * latents @ codes.t()
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Ids (batch, h, w) of the codes that are nearest to the latents."""
+        """Ids (...) of the codes that are nearest to the latents (..., channels)."""
         latents = self.unit(latents.float())
         return (
             self.distances(latents.flatten(0, -2), self.codes(latents.device))
@@ -88,6 +90,26 @@ class Codebook(nn.Module):
             commitment_loss,
             self._entropy_loss(-distances),
         )
+
+    @torch.no_grad()
+    def revive_codes(self, latents: torch.Tensor, min_share: float = 0.1) -> torch.LongTensor:
+        """
+        Replaces codes that are hardly drawn by latents of the batch (random restarts, arXiv 2005.00341).
+
+        Args:
+            latents: (batch, channels, h, w) of training pictures, enough of them that a code in use is drawn often.
+            min_share: a code is dead if it is drawn less than this share of what equal use of all codes would give.
+
+        Returns:
+            Indices (n,) of the replaced codes; the optimizer's moments for these rows of `embedding` are stale.
+        """
+        vectors = self.unit(latents.float().permute(0, 2, 3, 1).flatten(0, 2))
+        size = self.embedding.num_embeddings
+        drawn = torch.bincount(self.nearest(vectors), minlength=size)
+        dead = (drawn <= min_share * len(vectors) / size).nonzero().flatten()[: len(vectors)]
+        chosen = vectors[torch.randperm(len(vectors))[: len(dead)].to(vectors.device)]
+        self.embedding.weight[dead] = chosen.to(self.embedding.weight.dtype)
+        return dead
 
     def _entropy_loss(self, affinity: torch.Tensor) -> torch.Tensor:
         affinity = affinity / self.ENTROPY_TEMPERATURE
@@ -203,7 +225,11 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         return self.decode(self.encode(pixel_values), grid)
 
     def forward(
-        self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        return_loss: bool = True,
+        quantize: bool = True,
+        return_dict: bool | None = None,
     ) -> LlamaGenVQOutput | tuple:
         """
         Training pass: reconstruction through the quantizer with straight-through gradients. The authors' trainer adds
@@ -212,9 +238,15 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         Args:
             pixel_values: (batch, channels, H, W) in [-1, 1].
             return_loss: also compute the losses.
+            quantize: `False` decodes the latents themselves, for the first steps of a training; the losses of the
+                codebook do not count then.
         """
         latents = self.encode_latents(pixel_values).permute(0, 2, 3, 1)
-        codes, codebook_loss, commitment_loss, entropy_loss = self.quantizer(latents)
+        if quantize:
+            codes, codebook_loss, commitment_loss, entropy_loss = self.quantizer(latents)
+        else:
+            codes = self.quantizer.unit(latents.float())
+            codebook_loss = commitment_loss = entropy_loss = codes.new_zeros(())
         reconstruction = self.decode_latents(codes.permute(0, 3, 1, 2))
         if not return_loss:
             output = LlamaGenVQOutput(reconstruction=reconstruction)
@@ -222,13 +254,15 @@ class LlamaGenVQModel(StrictPreTrainedModel):
         reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
         commitment_loss = self.config.commitment_loss_weight * commitment_loss
         entropy_loss = self.config.entropy_loss_weight * entropy_loss
+        quantization_loss = codebook_loss + commitment_loss + entropy_loss
         output = LlamaGenVQOutput(
-            loss=reconstruction_loss + codebook_loss + commitment_loss + entropy_loss,
+            loss=reconstruction_loss + quantization_loss,
             reconstruction=reconstruction,
             reconstruction_loss=reconstruction_loss,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
             entropy_loss=entropy_loss,
+            quantization_loss=quantization_loss,
         )
         return output if return_dict is not False else output.to_tuple()
 
