@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from .modeling.code.modeling_code import CodeForImageGeneration
     from .modeling.llamagen.configuration_llamagen import LlamaGenConfig
     from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
+    from .modeling.rar.configuration_rar import RarConfig
+    from .modeling.rar.modeling_rar import RarForImageGeneration, RarModel
     from .modeling.tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
     from .modeling.tokenizers.llamagen_vq.modeling_llamagen_vq import LlamaGenVQModel
+    from .modeling.tokenizers.maskgit_vq.configuration_maskgit_vq import MaskGitVQConfig
+    from .modeling.tokenizers.maskgit_vq.modeling_maskgit_vq import MaskGitVQModel
     from .modeling.tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
     from .modeling.tokenizers.multiscale_vq.modeling_multiscale_vq import MultiScaleVQModel
     from .modeling.var.configuration_var import VarConfig
     from .modeling.var.modeling_var import VarForImageGeneration, VarModel
     from .processors.processing_llamagen import LlamaGenProcessor
+    from .processors.processing_rar import RarProcessor
     from .processors.processing_var import VarProcessor
 
 __version__ = "0.1.0"
@@ -43,6 +48,8 @@ _SOURCES = {
     "LlamaGenProcessor": "processors.processing_llamagen",
     "LlamaGenVQConfig": "modeling.tokenizers.llamagen_vq.configuration_llamagen_vq",
     "LlamaGenVQModel": "modeling.tokenizers.llamagen_vq.modeling_llamagen_vq",
+    "MaskGitVQConfig": "modeling.tokenizers.maskgit_vq.configuration_maskgit_vq",
+    "MaskGitVQModel": "modeling.tokenizers.maskgit_vq.modeling_maskgit_vq",
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
     "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
@@ -51,6 +58,10 @@ _SOURCES = {
     "SpeculativeJacobi": "generation.decoding.speculative_jacobi",
     "NextScale": "generation.decoding.next_scale",
     "NextToken": "generation.decoding.next_token",
+    "RarConfig": "modeling.rar.configuration_rar",
+    "RarForImageGeneration": "modeling.rar.modeling_rar",
+    "RarModel": "modeling.rar.modeling_rar",
+    "RarProcessor": "processors.processing_rar",
     "VarConfig": "modeling.var.configuration_var",
     "VarForImageGeneration": "modeling.var.modeling_var",
     "VarModel": "modeling.var.modeling_var",
@@ -73,6 +84,8 @@ __all__ = [
     "LlamaGenProcessor",
     "LlamaGenVQConfig",
     "LlamaGenVQModel",
+    "MaskGitVQConfig",
+    "MaskGitVQModel",
     "MultiScaleVQConfig",
     "MultiScaleVQModel",
     "GroupedSpeculative",
@@ -81,6 +94,10 @@ __all__ = [
     "SpeculativeJacobi",
     "NextScale",
     "NextToken",
+    "RarConfig",
+    "RarForImageGeneration",
+    "RarModel",
+    "RarProcessor",
     "VarConfig",
     "VarForImageGeneration",
     "VarModel",

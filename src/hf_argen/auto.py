@@ -97,6 +97,22 @@ FAMILIES = {
             generator="modeling_llamagen.LlamaGenForImageGeneration",
             processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
         ),
+        Family(
+            name="maskgit_vq",
+            package="hf_argen.modeling.tokenizers.maskgit_vq",
+            title="MaskGIT-VQGAN, the visual tokenizer of RAR",
+            config="configuration_maskgit_vq.MaskGitVQConfig",
+            base_model="modeling_maskgit_vq.MaskGitVQModel",
+        ),
+        Family(
+            name="rar",
+            package="hf_argen.modeling.rar",
+            title="RAR, next-token prediction trained on permuted orders (arXiv 2411.00776)",
+            config="configuration_rar.RarConfig",
+            base_model="modeling_rar.RarModel",
+            generator="modeling_rar.RarForImageGeneration",
+            processor="hf_argen.processors.processing_rar.RarProcessor",
+        ),
     )
 }
 

@@ -48,7 +48,7 @@ def test_the_scale_that_means_no_guidance():
         ({"start": 3}, "guidance_schedule is None"),
         ({"type": "interval", "begin": 3}, "'interval' has no option begin"),
         ({"type": "interval", "start": 3, "stop": 1}, r"The guidance interval is \[3, 1\)"),
-        ({"type": "power_cosine", "power": 0}, "power of the guidance schedule is 0"),
+        ({"type": "power_cosine", "power": -1}, "power of the guidance schedule is -1"),
     ],
 )
 def test_bad_schedules(schedule, message):

@@ -10,7 +10,10 @@ from hf_argen import (
     LlamaGenConfig,
     LlamaGenForImageGeneration,
     LlamaGenVQConfig,
+    MaskGitVQConfig,
     MultiScaleVQConfig,
+    RarConfig,
+    RarForImageGeneration,
     VarConfig,
     VarForImageGeneration,
 )
@@ -68,16 +71,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def text_encoder_config(vocab_size: int, **changes) -> BertConfig:
+    """A text encoder of one layer."""
+    fields = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    return BertConfig(vocab_size=vocab_size, **{**fields, **changes})
+
+
 def text_var_config(vocab_size: int) -> VarConfig:
     """A text-conditional VAR with a text encoder of one layer."""
-    encoder = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-    )
-    return var_config(condition_type="text", text_encoder_config=encoder)
+    return var_config(condition_type="text", text_encoder_config=text_encoder_config(vocab_size))
 
 
 def spread(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
@@ -145,3 +147,48 @@ def llamagen_config(**changes) -> LlamaGenConfig:
 def tiny_llamagen(**changes) -> LlamaGenForImageGeneration:
     """The class-conditional model with spread weights."""
     return spread(LlamaGenForImageGeneration(llamagen_config(**changes)))
+
+
+def maskgit_vq_config(**changes) -> MaskGitVQConfig:
+    """A VQ tokenizer of 2x2 pixels a token, with a level that changes the width."""
+    fields = {
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "base_channels": 8,
+        "channel_multiplier": [1, 2],
+        "num_res_blocks": 1,
+        "norm_num_groups": 4,
+    }
+    return MaskGitVQConfig(**{**fields, **changes})
+
+
+def rar_config(**changes) -> RarConfig:
+    """A class-conditional RAR of two layers and 4x4 tokens on that tokenizer, without dropout and random orders."""
+    fields = {
+        "grid_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_classes": 5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "condition_dropout": 0.0,
+    }
+    if "image_tokenizer_config" in changes:
+        del fields["grid_size"]
+    else:
+        fields["image_tokenizer_config"] = maskgit_vq_config()
+    return RarConfig(**{**fields, **changes})
+
+
+def tiny_rar(**changes) -> RarForImageGeneration:
+    """The class-conditional model with spread weights."""
+    return spread(RarForImageGeneration(rar_config(**changes)))
+
+
+NEXT_TOKEN_MODELS = {
+    "llamagen": (tiny_llamagen, llamagen_vq_config),
+    "rar": (tiny_rar, maskgit_vq_config),
+}
+"""Next-token families: how to make a tiny model of each, and the configuration of its tokenizer."""

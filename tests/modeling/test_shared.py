@@ -11,14 +11,27 @@ from hf_argen import (
     LlamaGenForImageGeneration,
     LlamaGenVQConfig,
     LlamaGenVQModel,
+    MaskGitVQConfig,
+    MaskGitVQModel,
     MultiScaleVQConfig,
     MultiScaleVQModel,
+    RarConfig,
+    RarForImageGeneration,
     RelaxedAcceptance,
     VarConfig,
     VarForImageGeneration,
 )
 
-from ..helpers.tiny import llamagen_config, llamagen_vq_config, text_var_config, tokenizer_config, var_config
+from ..helpers.tiny import (
+    llamagen_config,
+    llamagen_vq_config,
+    maskgit_vq_config,
+    rar_config,
+    text_encoder_config,
+    text_var_config,
+    tokenizer_config,
+    var_config,
+)
 from .family_base import FamilyTests
 from .tokenizer_base import TokenizerTests
 
@@ -202,6 +215,57 @@ class TestLlamaGenWithTextEncoder(TestLlamaGen):
 
     def conditions(self, size):
         ids = torch.arange(size * 5).view(size, 5) % 19 + 1
+        mask = torch.ones_like(ids)
+        mask[0, 3:] = 0
+        return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
+
+
+class TestMaskGitVQ(TokenizerTests):
+    model_class = MaskGitVQModel
+    picture = (3, 8, 8)
+    num_tokens = 16
+    codebook_size = 16
+    quantizer = "quantizer"
+
+    def make_config(self, **changes) -> MaskGitVQConfig:
+        return maskgit_vq_config(**{"grid_size": 4, **changes})
+
+
+class TestMaskGitVQOfTwoBlocks(TestMaskGitVQ):
+    """Two residual blocks a level, grey pictures that are not square."""
+
+    picture = (1, 8, 16)
+    num_tokens = 8
+
+    def make_config(self, **changes):
+        fields = {"in_channels": 1, "grid_size": [2, 4], "channel_multiplier": [1, 1, 2], "num_res_blocks": 2}
+        return maskgit_vq_config(**{**fields, **changes})
+
+
+class TestRar(TestLlamaGen):
+    model_class = RarForImageGeneration
+
+    def make_config(self, **changes) -> RarConfig:
+        return rar_config(**changes)
+
+
+class TestRarOfText(TestRar):
+    """A text encoder inside the model; pictures that are not square, on the tokenizer of another family."""
+
+    num_tokens = 8
+    picture = (3, 4, 8)
+
+    def make_config(self, **changes):
+        encoder = text_encoder_config(12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        fields = {
+            "condition_type": "text",
+            "text_encoder_config": encoder,
+            "image_tokenizer_config": llamagen_vq_config(grid_size=[2, 4]),
+        }
+        return super().make_config(**{**fields, **changes})
+
+    def conditions(self, size):
+        ids = torch.arange(size * 5).view(size, 5) % 11 + 1
         mask = torch.ones_like(ids)
         mask[0, 3:] = 0
         return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}

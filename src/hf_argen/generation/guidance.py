@@ -55,14 +55,14 @@ class PowerCosine:
     the power, the later it rises (MDTv2, arXiv 2303.14389; RAR, arXiv 2411.00776).
 
     Args:
-        power: above 0.
+        power: 0 or above; 0 is full strength from the first step on.
     """
 
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.power > 0:
-            raise ValueError(f"The power of the guidance schedule is {self.power}; it must be above 0.")
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"The power of the guidance schedule is {self.power}; it must be 0 or above.")
 
     def __call__(self, step: int, num_steps: int) -> float:
         return (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2

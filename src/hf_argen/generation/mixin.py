@@ -16,6 +16,7 @@ from .guidance import Guidance, GuidanceSchedule
 from .inputs import check_helpers, check_number_of_generators, expand_conditions, prepare_edit
 from .options import prepare_options
 from .predictors.base import Predictor
+from .sampling import Generators
 
 
 @dataclass
@@ -132,6 +133,8 @@ class ImageGenerationMixin(GenerationMixin):
         )
         check_number_of_generators(generator, batch_size)
         edit = prepare_edit(self, pixel_values, input_ids, keep_mask, batch_size)
+        if config.do_sample:
+            self.draw_ahead(batch_size, generator)
         predictor = self.predictor_class(self, self._guidance(config, guidance_schedule))
         num_steps = None if config.max_new_tokens is None else predictor.steps_for(config.max_new_tokens)
         config.guidance_scale = None  # the predictor guides; transformers' processor would do so once more
@@ -160,6 +163,9 @@ class ImageGenerationMixin(GenerationMixin):
             streamer.end()
         self._check_finite(result)
         return self._pack(result, inputs, config)
+
+    def draw_ahead(self, batch_size: int, generator: Generators) -> None:
+        """Where the authors' sampler draws random numbers before the first token, draws them, to stay in step."""
 
     def _guidance(self, config: GenerationConfig, schedule: GuidanceSchedule | None) -> Guidance:
         if schedule is None:

@@ -19,3 +19,18 @@ def check_shares(config: Any, names: Iterable[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
             raise ValueError(f"{name} is {value!r}; it must lie in [0, 1].")
+
+
+def complete_condition(config: Any) -> None:
+    """
+    Checks `condition_type` of a configuration, and takes `text_embed_dim` from its text encoder where it is not given.
+
+    Raises:
+        ValueError: an unknown type, or text of unknown width.
+    """
+    if config.condition_type not in ("class", "text"):
+        raise ValueError(f"condition_type is {config.condition_type!r}; it must be 'class' or 'text'.")
+    if config.condition_type == "text" and config.text_embed_dim is None:
+        if config.text_encoder_config is None:
+            raise ValueError("A text-conditional model needs text_embed_dim or text_encoder_config.")
+        config.text_embed_dim = config.text_encoder_config.hidden_size

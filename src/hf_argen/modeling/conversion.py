@@ -136,6 +136,8 @@ class Converter:
         nestings: role of a file that holds plain tensors -> where in the file they may lie; the first place that it
             has counts, and the top if it has none of them.
         allowed_globals: classes that the authors' trainers pickle beside the tensors.
+        config_roles: blocks of the authors' configuration that `original_config` may hold although no file belongs to
+            them.
         hub_roles: roles of which the authors have a class on huggingface_hub's mixin; it saves a folder whose
             config.json holds the constructor's arguments.
     """
@@ -146,6 +148,7 @@ class Converter:
     containers: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     nestings: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     allowed_globals: Sequence[Callable] = ()
+    config_roles: Sequence[str] = ()
     hub_roles: Sequence[str] = ()
 
 
@@ -171,7 +174,7 @@ def convert(
     original_config = dict(original_config or {})
     known = [*converter.roles, *converter.containers]
     for role in [*files, *original_config]:
-        if role not in known:
+        if role not in known and not (role in converter.config_roles and role not in files):
             raise ConversionError(
                 f"Unknown role {role!r}{_closest(role, known)}; the roles of {converter.family} are "
                 f"{', '.join(known)}."

@@ -87,6 +87,37 @@ class Reshape(Rule):
         return tensors[0].reshape(self.theirs)
 
 
+class Rows(Rule):
+    """
+    A table of which our models have only some rows, each range of them as a table of its own. The other rows are never
+    read; on the way back they are zeros.
+
+    Args:
+        source: the authors' table, (rows, dim), or (1, rows, dim) with `is_batched`.
+        rows: of the authors' table.
+        ranges: our table -> the first of its rows and the one after its last.
+    """
+
+    def __init__(
+        self, source: str, rows: int, ranges: Mapping[str, tuple[int, int]], is_batched: bool = False
+    ):
+        super().__init__(source, *ranges)
+        self.rows, self.ranges, self.is_batched = rows, tuple(ranges.values()), is_batched
+
+    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.is_batched and tensor.shape[:1] == (1,):
+            tensor = tensor[0]
+        if tensor.ndim != 2 or tensor.shape[0] != self.rows:
+            raise ValueError(f"it must have {self.rows} rows")
+        return tuple(tensor[start:stop] for start, stop in self.ranges)
+
+    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        table = tensors[0].new_zeros(self.rows, tensors[0].shape[-1])
+        for tensor, (start, stop) in zip(tensors, self.ranges, strict=True):
+            table[start:stop] = tensor
+        return table[None] if self.is_batched else table
+
+
 class Drop(Rule):
     """A key that our model computes itself or does not need."""
 

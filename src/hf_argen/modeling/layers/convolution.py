@@ -3,32 +3,48 @@
 Shapes are channels first: (batch, channels, height, width). Every level but the lowest halves the resolution.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions behind group norms, with a 1x1 shortcut where the width changes."""
+    """
+    Two 3x3 convolutions behind group norms, with a 1x1 shortcut where the width changes.
+
+    In `maskgit` form nothing has a bias, and the shortcut starts at the output of the second convolution, so that a block
+    that changes the width drops its input.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, norm_num_groups: int, norm_eps: float, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_num_groups: int,
+        norm_eps: float,
+        dropout: float,
+        maskgit: bool = False,
     ):
         super().__init__()
+        bias = not maskgit
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.drops_input = maskgit and in_channels != out_channels
+        if in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = nn.Conv2d(out_channels if maskgit else in_channels, out_channels, 1, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.shortcut(hidden_states)
+        residual = hidden_states
         hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
         hidden_states = self.conv2(self.dropout(F.silu(self.norm2(hidden_states))))
-        return residual + hidden_states
+        return self.shortcut(hidden_states if self.drops_input else residual) + hidden_states
 
 
 class SpatialAttention(nn.Module):
@@ -98,11 +114,12 @@ class Level(nn.Module):
         norm_num_groups: int,
         norm_eps: float,
         dropout: float,
+        maskgit: bool = False,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
         self.resnets = nn.ModuleList(
-            ResnetBlock(width, out_channels, norm_num_groups, norm_eps, dropout) for width in widths
+            ResnetBlock(width, out_channels, norm_num_groups, norm_eps, dropout, maskgit) for width in widths
         )
         self.attentions = nn.ModuleList(
             SpatialAttention(out_channels, norm_num_groups, norm_eps)
@@ -117,6 +134,15 @@ class Level(nn.Module):
         return hidden_states
 
 
+def middle(
+    channels: int, num_res_blocks: int, attention: bool, maskgit: bool, common: dict[str, Any]
+) -> nn.Module:
+    """What lies between encoder and decoder at the lowest resolution, on either side."""
+    if maskgit:
+        return Level(channels, channels, num_res_blocks, attention=False, maskgit=True, **common)
+    return MidBlock(channels, attention, **common)
+
+
 class ConvEncoder(nn.Module):
     """Pixels (batch, in_channels, H, W) to features (batch, out_channels, H / f, W / f), f = 2 ** (levels - 1).
 
@@ -129,6 +155,8 @@ class ConvEncoder(nn.Module):
         attention_at_lowest: attention in the lowest level and in the middle.
         norm_num_groups, norm_eps: of every group norm.
         dropout: inside the residual blocks.
+        maskgit: the form of MaskGIT (arXiv 2202.04200): see [`ResnetBlock`]; no attention, `num_res_blocks` residual
+            blocks in the middle, halving by averaging, no bias in the first convolution, the last one 1x1.
     """
 
     def __init__(
@@ -142,22 +170,25 @@ class ConvEncoder(nn.Module):
         norm_num_groups: int,
         norm_eps: float,
         dropout: float,
+        maskgit: bool = False,
     ):
         super().__init__()
         common = {"norm_num_groups": norm_num_groups, "norm_eps": norm_eps, "dropout": dropout}
         widths = [base_channels * multiplier for multiplier in channel_multiplier]
-        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1, bias=not maskgit)
         self.down_blocks = nn.ModuleList()
         last, previous = len(widths) - 1, base_channels
         for i, width in enumerate(widths):
-            level = Level(previous, width, num_res_blocks, attention_at_lowest and i == last, **common)
+            attention = attention_at_lowest and i == last
+            level = Level(previous, width, num_res_blocks, attention, maskgit=maskgit, **common)
             if i != last:
-                level.downsample = Downsample(width)
+                level.downsample = nn.AvgPool2d(2) if maskgit else Downsample(width)
             self.down_blocks.append(level)
             previous = width
-        self.mid_block = MidBlock(widths[-1], attention_at_lowest, **common)
+        self.mid_block = middle(widths[-1], num_res_blocks, attention_at_lowest, maskgit, common)
         self.norm_out = nn.GroupNorm(norm_num_groups, widths[-1], eps=norm_eps)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        kernel = 1 if maskgit else 3
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel, padding=kernel // 2)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(pixel_values)
@@ -172,7 +203,8 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Features (batch, in_channels, h, w) to pixels (batch, out_channels, h * f, w * f); mirrors [`ConvEncoder`].
 
-    `up_blocks[0]` is the highest resolution and runs last; each level has one residual block more than the encoder's.
+    `up_blocks[0]` is the highest resolution and runs last; each level has one residual block more than the encoder's,
+    with `maskgit` as many.
     """
 
     def __init__(
@@ -186,17 +218,18 @@ class ConvDecoder(nn.Module):
         norm_num_groups: int,
         norm_eps: float,
         dropout: float,
+        maskgit: bool = False,
     ):
         super().__init__()
         common = {"norm_num_groups": norm_num_groups, "norm_eps": norm_eps, "dropout": dropout}
         widths = [base_channels * multiplier for multiplier in channel_multiplier]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
-        self.mid_block = MidBlock(widths[-1], attention_at_lowest, **common)
+        self.mid_block = middle(widths[-1], num_res_blocks, attention_at_lowest, maskgit, common)
         self.up_blocks = nn.ModuleList()
-        last = len(widths) - 1
+        last, num_blocks = len(widths) - 1, num_res_blocks + (not maskgit)
         for i, width in enumerate(widths):
-            previous = widths[min(i + 1, last)]
-            level = Level(previous, width, num_res_blocks + 1, attention_at_lowest and i == last, **common)
+            previous, attention = widths[min(i + 1, last)], attention_at_lowest and i == last
+            level = Level(previous, width, num_blocks, attention, maskgit=maskgit, **common)
             if i != 0:
                 level.upsample = Upsample(width)
             self.up_blocks.append(level)

@@ -6,17 +6,32 @@ from transformers.activations import get_activation
 
 
 class MLP(nn.Module):
-    """fc2(act(fc1(x))), (..., hidden_size) to the same shape."""
+    """
+    fc2(act(fc1(x))), (..., hidden_size) to the same shape.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, dropout: float = 0.0):
+    Args:
+        dropout: of the output.
+        inner_dropout: between the activation and `fc2`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        dropout: float = 0.0,
+        inner_dropout: float = 0.0,
+    ):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.act = get_activation(hidden_act)
+        self.inner_dropout = nn.Dropout(inner_dropout)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.fc2(self.act(self.fc1(hidden_states))))
+        inner = self.inner_dropout(self.act(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(inner))
 
 
 class GatedMLP(nn.Module):

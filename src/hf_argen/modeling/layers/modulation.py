@@ -8,13 +8,13 @@ from torch import nn
 def modulated_norm(
     hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Layer norm without weights of its own, then * (1 + scale) + shift; scale and shift are (batch, 1, hidden)."""
+    """Layer norm without weights of its own, then * (1 + scale) + shift; these are (batch, 1 or tokens, hidden)."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
     return normed * (scale + 1) + shift
 
 
 class AdaLNModulation(nn.Module):
-    """Condition (batch, hidden) to `num_chunks` vectors, (batch, num_chunks, hidden), by SiLU and one linear layer."""
+    """Condition (..., hidden) to `num_chunks` vectors, (..., num_chunks, hidden), by SiLU and one linear layer."""
 
     def __init__(self, condition_size: int, hidden_size: int, num_chunks: int):
         super().__init__()
@@ -37,7 +37,10 @@ class AdaLNTable(nn.Module):
 
 
 class AdaLNOutput(nn.Module):
-    """The norm in front of a head, scaled and shifted by the condition; float32 inside."""
+    """
+    The norm in front of a head, scaled and shifted by the condition, of the whole sequence (batch, hidden) or of each
+    token (batch, tokens, hidden); float32 inside.
+    """
 
     def __init__(self, condition_size: int, hidden_size: int, eps: float):
         super().__init__()
@@ -45,5 +48,8 @@ class AdaLNOutput(nn.Module):
         self.linear = nn.Linear(condition_size, 2 * hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.linear(F.silu(condition)).float().unsqueeze(1).chunk(2, dim=-1)
+        modulation = self.linear(F.silu(condition)).float()
+        if modulation.ndim < hidden_states.ndim:
+            modulation = modulation.unsqueeze(1)
+        scale, shift = modulation.chunk(2, dim=-1)
         return modulated_norm(hidden_states.float(), scale, shift, self.eps).to(condition.dtype)

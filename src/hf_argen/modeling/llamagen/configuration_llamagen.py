@@ -8,7 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..config_checks import check_positive, check_shares
 from ..layers.sub_config import as_config
-from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig, as_sides, normalize_grid
+from ..tokenizers.configuration_grid import as_sides, complete_from_tokenizer
+from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
 
 
 class LlamaGenConfig(PreTrainedConfig):
@@ -41,7 +42,7 @@ class LlamaGenConfig(PreTrainedConfig):
     """
 
     model_type = "llamagen"
-    sub_configs = {"image_tokenizer_config": LlamaGenVQConfig, "text_encoder_config": AutoConfig}
+    sub_configs = {"image_tokenizer_config": AutoConfig, "text_encoder_config": AutoConfig}
 
     image_tokenizer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
     vocab_size: int | None = None
@@ -71,14 +72,7 @@ class LlamaGenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.image_tokenizer_config = as_config(self.image_tokenizer_config, LlamaGenVQConfig)
         self.text_encoder_config = as_config(self.text_encoder_config)
-        tokenizer = self.image_tokenizer_config
-        if self.vocab_size is None:
-            self.vocab_size = 16384 if tokenizer is None else tokenizer.codebook_size
-        if self.grid_size is None:
-            self.grid_size = getattr(tokenizer, "grid_size", None) or 16
-        self.grid_size = normalize_grid(self.grid_size)
-        if getattr(tokenizer, "grid_size", self.grid_size) is None:
-            tokenizer.grid_size = self.grid_size
+        complete_from_tokenizer(self, codebook_size=16384, grid_size=16)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(int(8 * self.hidden_size / 3) / 256)
         self._check()
@@ -100,11 +94,6 @@ class LlamaGenConfig(PreTrainedConfig):
         check_positive(self, (*sizes, "num_classes", "text_embed_dim", "max_prompt_tokens"))
         dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout")
         check_shares(self, (*dropouts, "drop_path_rate", "condition_dropout"))
-        tokenizer = self.image_tokenizer_config
-        if tokenizer is not None and not isinstance(tokenizer, LlamaGenVQConfig):
-            raise ValueError(
-                f"image_tokenizer_config is of type {tokenizer.model_type!r}; LlamaGen takes 'llamagen_vq'."
-            )
         if self.condition_type not in ("class", "text"):
             raise ValueError(f"condition_type is {self.condition_type!r}; it must be 'class' or 'text'.")
         if self.hidden_size % (4 * self.num_attention_heads):

@@ -22,7 +22,7 @@ from ..layers.drop_path import DropPath
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
 from ..layers.rotary import rotary_2d, rotate_pairs
-from ..tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
+from ..tokenizers.configuration_grid import check_same_tokens
 from .configuration_llamagen import LlamaGenConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -242,19 +242,9 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
         self.text_encoder = self.build_text_encoder(config.text_encoder_config)
         self.post_init()
 
-    def check_tokenizer_fits(self, config: LlamaGenVQConfig) -> None:
+    def check_tokenizer_fits(self, config: PreTrainedConfig) -> None:
         """Refuses a tokenizer of other codes or another grid; one that takes pictures of any size gets the grid."""
-        if config.codebook_size != self.config.vocab_size:
-            raise ValueError(
-                f"vocab_size is {self.config.vocab_size} in the model and {config.codebook_size} in its image "
-                "tokenizer; they must agree."
-            )
-        config.grid_size = config.grid_size or self.config.grid_size
-        if config.grid_sizes != self.config.grid_sizes:
-            raise ValueError(
-                f"The token grid is {self.config.grid_sizes[0]} in the model and {config.grid_sizes[0]} in its image "
-                "tokenizer; they must agree."
-            )
+        check_same_tokens(self.config, config)
 
     # The condition
 

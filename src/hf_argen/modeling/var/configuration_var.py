@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config_checks import check_positive, check_shares
+from ..config_checks import check_positive, check_shares, complete_condition
 from ..layers.sub_config import as_config
 from ..tokenizers.multiscale_vq.configuration_multiscale_vq import (
     MultiScaleVQConfig,
@@ -72,7 +72,7 @@ class VarConfig(PreTrainedConfig):
         self.text_encoder_config = as_config(self.text_encoder_config)
         self._complete_from_tokenizer()
         self.patch_nums = normalize_patch_nums(self.patch_nums)
-        self._complete_text()
+        complete_condition(self)
         sizes = (
             "hidden_size",
             "num_hidden_layers",
@@ -123,14 +123,6 @@ class VarConfig(PreTrainedConfig):
                 if tokenizer is None:
                     raise ValueError(f"Without image_tokenizer_config, {name} has to be given.")
                 setattr(self, name, getattr(tokenizer, tokenizer_name))
-
-    def _complete_text(self) -> None:
-        if self.condition_type not in ("class", "text"):
-            raise ValueError(f"condition_type is {self.condition_type!r}; it must be 'class' or 'text'.")
-        if self.condition_type == "text" and self.text_embed_dim is None:
-            if self.text_encoder_config is None:
-                raise ValueError("A text-conditional model needs text_embed_dim or text_encoder_config.")
-            self.text_embed_dim = self.text_encoder_config.hidden_size
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:

@@ -5,9 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...config_checks import check_positive, check_shares
+from ..configuration_grid import GridTokenizerConfigMixin, normalize_grid
 
 
-class LlamaGenVQConfig(PreTrainedConfig):
+class LlamaGenVQConfig(GridTokenizerConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`LlamaGenVQModel`] (LlamaGen, arXiv 2406.06525). The defaults are those of the released VQ-16;
     VQ-8 has the channel multiplier (1, 2, 2, 4).
@@ -74,30 +75,3 @@ class LlamaGenVQConfig(PreTrainedConfig):
                     f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
                 )
         super().__post_init__(**kwargs)
-
-    @property
-    def downsampling_factor(self) -> int:
-        """Pixels per side of one token."""
-        return 2 ** (len(self.channel_multiplier) - 1)
-
-    @property
-    def grid_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of the token grid, as a list of one; empty if any size will do."""
-        return [] if self.grid_size is None else [as_sides(self.grid_size)]
-
-
-def as_sides(grid_size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) of a grid, of which a number is the side of a square."""
-    return (grid_size, grid_size) if isinstance(grid_size, int) else (int(grid_size[0]), int(grid_size[1]))
-
-
-def normalize_grid(
-    grid_size: int | list[int] | tuple[int, ...] | None,
-) -> int | list[int] | None:
-    """The form that is stored: `n` for a square grid, `[height, width]` otherwise."""
-    if grid_size is None:
-        return None
-    height, width = as_sides(grid_size)
-    if height < 1 or width < 1:
-        raise ValueError(f"grid_size is {grid_size}; every side must be at least 1.")
-    return height if height == width else [height, width]

@@ -1,0 +1,1 @@
+"""RAR: randomized autoregressive visual generation (arXiv 2411.00776)."""
