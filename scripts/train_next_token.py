@@ -9,13 +9,15 @@ kill. Sheets of reconstructions and of drawn prompts are written beside the chec
 
     python scripts/train_next_token.py llamagen --output runs/emoji-next-token
     python scripts/train_next_token.py rar --output runs/emoji-next-token
+    python scripts/train_next_token.py llamagen-drafter --output runs/emoji-next-token
 
-The results are the folders OUTPUT/emoji-llamagen and OUTPUT/emoji-rar.
+The last is a small model that drafts for both. The results are the folders OUTPUT/emoji-FAMILY.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from emoji_training import (
@@ -38,9 +40,13 @@ from hf_argen import (
     LlamaGenProcessor,
     LlamaGenVQConfig,
     LlamaGenVQModel,
+    RarConfig,
+    RarForImageGeneration,
+    RarProcessor,
 )
 from hf_argen.data.emoji import EmojiSet
 from hf_argen.processors.base import ImageGenerationProcessor
+from hf_argen.training import RandomnessAnnealing
 
 TOKENIZER = {
     "codebook_size": 512,
@@ -57,7 +63,7 @@ LLAMAGEN = {
     "hidden_size": 256,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
-    "intermediate_size": 768,
+    "intermediate_size": 704,
     "embedding_dropout": 0.0,
     "residual_dropout": 0.0,
     "mlp_dropout": 0.0,
@@ -65,6 +71,24 @@ LLAMAGEN = {
     "max_prompt_tokens": MAX_PROMPT_TOKENS,
     "freeze_text_encoder": False,
 }
+DRAFTER = {
+    **LLAMAGEN,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 384,
+    "text_embed_dim": 64,
+}
+RAR = {
+    "condition_type": "text",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 576,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "text_embed_dim": 128,
+}
+ANNEALING = (0.25, 0.5)  # of the training; the paper's half and three quarters suit a longer one
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -73,12 +97,17 @@ TEXT_ENCODER = {
     "num_heads": 4,
     "dropout_rate": 0.0,
 }
+DRAFTER_TEXT_ENCODER = {**TEXT_ENCODER, "d_model": 64, "d_kv": 16, "d_ff": 256}
 SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
 
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=30, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen-drafter": Stage(
+        epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
+    ),
+    "rar": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
 }
 
 
@@ -87,17 +116,48 @@ def build_tokenizer() -> LlamaGenVQModel:
     return LlamaGenVQModel(LlamaGenVQConfig(**TOKENIZER))
 
 
-def build_llamagen(tokenizer: LlamaGenVQModel, processor: LlamaGenProcessor) -> LlamaGenForImageGeneration:
+def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> T5Config:
+    """Configuration of the encoder of the captions."""
+    words = processor.tokenizer
+    return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
+
+
+def build_llamagen(
+    tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor
+) -> LlamaGenForImageGeneration:
     """LlamaGen before its training."""
-    encoder = T5Config(
-        vocab_size=len(processor.tokenizer), pad_token_id=processor.tokenizer.pad_token_id, **TEXT_ENCODER
-    )
+    encoder = text_encoder(processor, TEXT_ENCODER)
     config = LlamaGenConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **LLAMAGEN)
     return LlamaGenForImageGeneration(config)
 
 
-TITLES = {"llamagen": ("LlamaGen", "arXiv 2406.06525"), "rar": ("RAR", "arXiv 2411.00776")}
-BUILDERS = {"llamagen": (build_llamagen, LlamaGenProcessor)}
+def build_drafter(
+    tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor
+) -> LlamaGenForImageGeneration:
+    """A small LlamaGen with the same tokens."""
+    encoder = text_encoder(processor, DRAFTER_TEXT_ENCODER)
+    config = LlamaGenConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **DRAFTER)
+    return LlamaGenForImageGeneration(config)
+
+
+def build_rar(tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor) -> RarForImageGeneration:
+    """RAR on the same tokens, before its training."""
+    encoder = text_encoder(processor, TEXT_ENCODER)
+    return RarForImageGeneration(
+        RarConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **RAR)
+    )
+
+
+TITLES = {
+    "llamagen": ("LlamaGen", "arXiv 2406.06525"),
+    "llamagen-drafter": ("LlamaGen drafter", "arXiv 2406.06525"),
+    "rar": ("RAR", "arXiv 2411.00776"),
+}
+BUILDERS = {
+    "llamagen": (build_llamagen, LlamaGenProcessor),
+    "llamagen-drafter": (build_drafter, LlamaGenProcessor),
+    "rar": (build_rar, RarProcessor),
+}
 
 
 def model_card(family: str, yardstick: Yardstick, parameters: int) -> str:
@@ -135,7 +195,12 @@ def train(
     model = build(tokenizer, processor)
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
     model.generation_config.update(**SAMPLING)
-    train_generator(model, processor, emoji, stage, options, options.output / f"training-{family}")
+    callbacks = []
+    if family == "rar":
+        steps = stage.epochs * (len(emoji) // stage.batch_size)
+        callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
+    folder = options.output / f"training-{family}"
+    train_generator(model, processor, emoji, stage, options, folder, callbacks)
     return model, processor
 
 
