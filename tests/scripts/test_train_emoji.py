@@ -10,31 +10,11 @@ import torch
 from transformers import AutoProcessor, TrainerCallback, pipeline
 
 from hf_argen import AutoModelForImageGeneration
-from hf_argen.data.emoji import EmojiSet
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-COUNT = 16
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import train_emoji
-
-        yield train_emoji
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in ("train_emoji", "emoji_training", "evaluate_emoji"):
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def emoji() -> EmojiSet:
-    whole = EmojiSet.load(64)
-    return EmojiSet(
-        whole.emoji[:COUNT], whole.images[:COUNT], whole.train[:COUNT], whole.held_out[:COUNT], whole.font
-    )
+def script(load_script):
+    return load_script("train_emoji")
 
 
 def options(folder: Path) -> argparse.Namespace:
