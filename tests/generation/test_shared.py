@@ -193,7 +193,7 @@ def by_brute_force(
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_next_scale_samples_the_guided_model(name):
-    torch.manual_seed(3)
+    torch.manual_seed(10)
     model = tiny_var(image_tokenizer_config=three_codes())
     enumerator = Enumerator()
 
@@ -214,7 +214,7 @@ def test_next_scale_samples_the_guided_model(name):
 @pytest.mark.parametrize("name, codes", [("guidance", 2), ("all", 3)])
 def test_rows_of_a_batch_are_independent(name, codes):
     """The joint distribution of two rows is the product of theirs, also where one has fewer possible pictures."""
-    torch.manual_seed(3)
+    torch.manual_seed(10)
     model = tiny_var(image_tokenizer_config=tokenizer_config(codebook_size=codes, patch_nums=[1, [1, 2]]))
 
     def run():
