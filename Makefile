@@ -6,6 +6,7 @@
 #     make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cu130"    a certain CUDA build
 #     make install TORCH=torch==2.11.0                                                another version
 # (`make clean` first, where one is already installed.)
+# `make test WORKERS=8` runs the tests in eight processes; each takes up to 4 GiB.
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
@@ -13,6 +14,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OLDEST_TORCH ?= $(TORCH)
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
 PYTHON ?=
+WORKERS ?= 2
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -33,7 +35,7 @@ demo: $(VENV)/ready ## draw pictures from words with the model of the package
 
 test: $(VENV)/ready-dev ## run the tests: no network, no GPU
 	$(emoji_font)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS)
 
 check: $(VENV)/ready-dev ## lint, format, who may import whom, types of the public API
 	$(VENV)/bin/ruff check .
@@ -42,7 +44,7 @@ check: $(VENV)/ready-dev ## lint, format, who may import whom, types of the publ
 	$(VENV)/bin/mypy
 
 test-oldest: $(OLDEST)/ready ## run the tests of generation and models on the oldest transformers that we support
-	$(OLDEST)/bin/python -m pytest -q tests/generation tests/modeling tests/processors \
+	$(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/generation tests/modeling tests/processors \
 		--deselect tests/modeling/test_released_size.py
 
 clean: ## remove all that these targets made

@@ -144,7 +144,7 @@ def start(arguments):
     return process
 
 
-def test_kills(whole, class_model, tmp_path):
+def test_kills(whole, class_model, tmp_path, kills):
     """Killed at random moments, it goes on each time, and ends with what it would have drawn without."""
     arguments = ["sample", "--model", class_model, *OPTIONS, "--all-classes", "-n", "3", "-o"]
     start(["--version"]).join()  # the server that starts processes imports once
@@ -154,7 +154,7 @@ def test_kills(whole, class_model, tmp_path):
     seconds = time.perf_counter() - started
     assert process.exitcode == 0
     moments = random.Random(0)
-    for _ in range(3):
+    for _ in range(kills):
         process = start([*arguments, str(tmp_path / "out.npz")])
         time.sleep(moments.uniform(0.2, 1) * seconds)
         process.kill()

@@ -10,31 +10,11 @@ import torch
 from transformers import AutoProcessor, TrainerCallback, pipeline
 
 from hf_argen import AutoModelForImageGeneration
-from hf_argen.data.emoji import EmojiSet
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-COUNT = 16
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import train_emoji
-
-        yield train_emoji
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in ("train_emoji", "evaluate_emoji"):
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def emoji() -> EmojiSet:
-    whole = EmojiSet.load(64)
-    return EmojiSet(
-        whole.emoji[:COUNT], whole.images[:COUNT], whole.train[:COUNT], whole.held_out[:COUNT], whole.font
-    )
+def script(load_script):
+    return load_script("train_emoji")
 
 
 def options(folder: Path) -> argparse.Namespace:
@@ -56,23 +36,24 @@ class Kill(TrainerCallback):
 @pytest.fixture
 def killing(script, monkeypatch):
     """Switches the kill on and off."""
-    original = script.PeriodicCallback
+    shared = sys.modules["emoji_training"]
+    original = shared.PeriodicCallback
 
     def switch(on: bool) -> None:
         class Both(original, Kill):
             pass
 
-        monkeypatch.setattr(script, "PeriodicCallback", Both if on else original)
+        monkeypatch.setattr(shared, "PeriodicCallback", Both if on else original)
 
     return switch
 
 
+def short(stage):
+    return replace(stage, epochs=2, batch_size=8, warmup_steps=2)
+
+
 def train(script, emoji, folder: Path):
-    chosen = options(folder)
-    stage = replace(script.TOKENIZER_STAGE, epochs=2, batch_size=8, warmup_steps=2)
-    tokenizer = script.train_tokenizer(emoji, stage, chosen)
-    stage = replace(script.VAR_STAGE, epochs=2, batch_size=8, warmup_steps=2)
-    return script.train_var(emoji, tokenizer, stage, chosen)
+    return script.train(emoji, short(script.TOKENIZER_STAGE), short(script.VAR_STAGE), options(folder))
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -80,7 +61,8 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(script, emoji, killing, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:2])
+    shared = sys.modules["emoji_training"]
+    monkeypatch.setattr(shared, "PROMPTS", shared.PROMPTS[:2])
     unbroken, _ = train(script, emoji, tmp_path / "unbroken")
     for _ in range(2):  # once in each stage
         killing(True)
@@ -88,9 +70,8 @@ def test_a_killed_run_ends_as_an_unbroken_one(script, emoji, killing, tmp_path, 
             train(script, emoji, tmp_path / "killed")
         killing(False)
         if not (tmp_path / "killed" / "tokenizer").is_dir():
-            chosen = options(tmp_path / "killed")
-            stage = replace(script.TOKENIZER_STAGE, epochs=2, batch_size=8, warmup_steps=2)
-            script.train_tokenizer(emoji, stage, chosen)
+            stage, chosen = short(script.TOKENIZER_STAGE), options(tmp_path / "killed")
+            script.train_tokenizer(script.build_tokenizer, emoji, stage, chosen)
     resumed, processor = train(script, emoji, tmp_path / "killed")
     expected, found = weights(unbroken), weights(resumed)
     assert expected.keys() == found.keys()

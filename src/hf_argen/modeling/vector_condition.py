@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig
 
 from .layers.precision import suited
 from .layers.text_pooling import check_prompts, pool_tokens
@@ -34,7 +34,8 @@ class VectorConditionModules:
         """Any text encoder of transformers, without the pooling layer that some have: tokens are averaged here."""
         if config is None:
             return None
-        encoder = AutoModel.from_config(config)
+        has_encoder_class = type(config) in AutoModelForTextEncoding._model_mapping  # of T5 the encoder alone
+        encoder = (AutoModelForTextEncoding if has_encoder_class else AutoModel).from_config(config)
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         return encoder

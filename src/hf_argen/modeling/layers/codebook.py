@@ -38,7 +38,7 @@ class Codebook(nn.Module):
         return squares - 2 * latents @ codes.t()
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Ids (batch, h, w) of the codes that are nearest to the latents, of equally near ones the first."""
+        """Ids (...) of the codes nearest to the latents (..., channels), of equally near ones the first."""
         latents = self.unit(latents.float())
         return (
             self.distances(latents.flatten(0, -2), self.codes(latents.device))
@@ -58,3 +58,23 @@ class Codebook(nn.Module):
         codebook_loss = F.mse_loss(nearest, latents.detach())
         commitment_loss = F.mse_loss(latents, nearest.detach())
         return latents + (nearest - latents).detach(), codebook_loss, commitment_loss, distances
+
+    @torch.no_grad()
+    def revive_codes(self, latents: torch.Tensor, min_share: float = 0.1) -> torch.LongTensor:
+        """
+        Replaces codes that are hardly drawn by latents of the batch (random restarts, arXiv 2005.00341).
+
+        Args:
+            latents: (batch, channels, h, w) of training pictures, enough of them that a code in use is drawn often.
+            min_share: a code is dead if it is drawn less than this share of what equal use of all codes would give.
+
+        Returns:
+            Indices (n,) of the replaced codes; the optimizer's moments for these rows of `embedding` are stale.
+        """
+        vectors = self.unit(latents.float().permute(0, 2, 3, 1).flatten(0, 2))
+        size = self.embedding.num_embeddings
+        drawn = torch.bincount(self.nearest(vectors), minlength=size)
+        dead = (drawn <= min_share * len(vectors) / size).nonzero().flatten()[: len(vectors)]
+        chosen = vectors[torch.randperm(len(vectors))[: len(dead)].to(vectors.device)]
+        self.embedding.weight[dead] = chosen.to(self.embedding.weight.dtype)
+        return dead

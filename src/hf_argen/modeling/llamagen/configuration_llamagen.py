@@ -35,6 +35,8 @@ class LlamaGenConfig(PreTrainedConfig):
         max_prompt_tokens: caption embeddings before the first image token.
         text_encoder_config: configuration of a T5 encoder inside the model; `None` when embeddings are given as
             `prompt_embeds`.
+        freeze_text_encoder: whether that encoder is a finished one, computed without gradients as in the authors'
+            training, or trains with the rest.
         condition_dropout: share of training rows whose condition is replaced by the null condition.
         initializer_range: standard deviation of the weights.
     """
@@ -63,6 +65,7 @@ class LlamaGenConfig(PreTrainedConfig):
     text_embed_dim: int = 2048
     max_prompt_tokens: int = 120
     text_encoder_config: dict | PreTrainedConfig | None = None
+    freeze_text_encoder: bool = True
     condition_dropout: float = 0.1
     initializer_range: float = 0.02
 

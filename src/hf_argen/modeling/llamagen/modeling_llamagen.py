@@ -249,16 +249,18 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
     # The condition
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch; the text encoder stays frozen, in evaluation mode, as the image tokenizer does."""
+        """As in torch; a finished text encoder stays frozen, in evaluation mode, as the image tokenizer does."""
         super().train(mode)
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and self.config.freeze_text_encoder:
             self.text_encoder.eval().requires_grad_(False)
         return self
 
-    @staticmethod
-    def build_text_encoder(config: PreTrainedConfig | None) -> nn.Module | None:
-        """A T5 encoder; captions are computed without gradients, as in the authors' training."""
-        return None if config is None else T5EncoderModel(config).requires_grad_(False)
+    def build_text_encoder(self, config: PreTrainedConfig | None) -> nn.Module | None:
+        """A T5 encoder."""
+        return None if config is None else self._frozen(T5EncoderModel(config))
+
+    def _frozen(self, encoder: nn.Module) -> nn.Module:
+        return encoder.requires_grad_(not self.config.freeze_text_encoder)
 
     def attach_text_encoder(self, encoder: T5EncoderModel) -> None:
         """Makes a T5 encoder (for the released models FLAN-T5-XL) part of the model, to be saved with it."""
@@ -267,9 +269,8 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
                 f"The text encoder is {encoder.config.d_model} wide; this model takes {self.config.text_embed_dim}."
             )
         self.config.text_encoder_config = encoder.config
-        self.text_encoder = encoder.requires_grad_(False)
+        self.text_encoder = self._frozen(encoder)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompt_ids: torch.LongTensor, prompt_attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +292,8 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
                 f"{self.config.max_prompt_tokens}: cut them."
             )
         # Encoded with the words first, as in training; T5's relative positions do not depend on that.
-        embeds = self.text_encoder(prompt_ids, attention_mask=prompt_attention_mask).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
+            embeds = self.text_encoder(prompt_ids, attention_mask=prompt_attention_mask).last_hidden_state
         return words_last(embeds, prompt_attention_mask, self.config.max_prompt_tokens)
 
     def condition(

@@ -26,6 +26,7 @@ class GridTokenizerOutput(ModelOutput):
         reconstruction_loss: mean squared error of the picture.
         codebook_loss: mean squared distance of the codes to the latents, which stand still, weighted.
         commitment_loss: the same with the codes standing still, weighted.
+        quantization_loss: `loss` without the reconstruction's.
     """
 
     loss: torch.FloatTensor | None = None
@@ -33,6 +34,7 @@ class GridTokenizerOutput(ModelOutput):
     reconstruction_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
+    quantization_loss: torch.FloatTensor | None = None
 
 
 class GridTokenizerModel(StrictPreTrainedModel):
@@ -124,7 +126,11 @@ class GridTokenizerModel(StrictPreTrainedModel):
         return self.decode(self.encode(pixel_values), grid)
 
     def forward(
-        self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        return_loss: bool = True,
+        quantize: bool = True,
+        return_dict: bool | None = None,
     ) -> GridTokenizerOutput | tuple:
         """
         Training pass: reconstruction through the quantizer with straight-through gradients. Perceptual and adversarial
@@ -133,15 +139,23 @@ class GridTokenizerModel(StrictPreTrainedModel):
         Args:
             pixel_values: (batch, channels, H, W) in [-1, 1].
             return_loss: also compute the losses.
+            quantize: `False` decodes the latents themselves, for the first steps of a training; the reconstruction is
+                the whole loss then.
         """
         latents = self.encode_latents(pixel_values).permute(0, 2, 3, 1)
-        codes, codebook_loss, commitment_loss, distances = self.quantizer(latents)
-        reconstruction = self.decode_latents(codes.permute(0, 3, 1, 2))
         terms = {}
+        if quantize:
+            codes, codebook_loss, commitment_loss, distances = self.quantizer(latents)
+            if return_loss:
+                terms = self.weighted_losses(codebook_loss, commitment_loss, distances)
+        else:
+            codes = self.quantizer.unit(latents.float())
+        reconstruction = self.decode_latents(codes.permute(0, 3, 1, 2))
         if return_loss:
-            terms["reconstruction_loss"] = F.mse_loss(reconstruction.float(), pixel_values.float())
-            terms |= self.weighted_losses(codebook_loss, commitment_loss, distances)
-            terms["loss"] = sum(terms.values())
+            reconstruction_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
+            quantization_loss = sum(terms.values(), start=reconstruction_loss.new_zeros(()))
+            terms |= {"reconstruction_loss": reconstruction_loss, "quantization_loss": quantization_loss}
+            terms["loss"] = reconstruction_loss + quantization_loss
         output = self.output_class(reconstruction=reconstruction, **terms)
         return output if return_dict is not False else output.to_tuple()
 

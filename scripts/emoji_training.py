@@ -1,0 +1,328 @@
+"""
+What the training scripts of the emoji models share: a tokenizer's stage and a generator's stage under `Trainer`, with
+checkpoints by the clock, exact resume, sheets of what is drawn so far, and the words of the captions.
+"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluate_emoji import reconstruct
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_argen import VarProcessor
+from hf_argen.data.emoji import EmojiCaptions, EmojiSet, to_uint8
+from hf_argen.training import training_arguments
+
+SIZE = 64
+WORD_PARTS = 2048
+MAX_PROMPT_TOKENS = 32
+
+PROMPTS = (
+    "red apple", "grinning face", "dog face", "rocket", "hot beverage", "snowman", "guitar", "octopus",
+    "purple banana", "two cats", "green heart", "happy sun", "blue car", "angry robot", "cheese", "rainbow fish",
+)  # fmt: skip
+# Weight of the mean log error against the quantization loss. The logarithm makes every picture count alike, which is
+# what the mean PSNR measures; a plain mean squared error would spend itself on the busiest pictures.
+LOG_ERROR_WEIGHT = 0.1
+REVIVE_EVERY = 10  # steps
+WARM_UP = 0.1  # of the training: the autoencoder alone, then the codebook starts from its latents
+REVIVE_UNTIL = 0.8  # of the training; afterwards the codebook only settles
+DATA = """## Data
+
+The 1,391 single-code-point emoji of Noto Color Emoji, rendered with Debian's `fonts-noto-color-emoji`. The font is
+copyright Google and licensed under the SIL Open Font License 1.1 (OFL-1.1). Captions: Unicode names, and short names
+and keywords of the Unicode CLDR (Unicode License). A tenth of the captions was held out.
+"""  # of the model cards
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one stage trains."""
+
+    epochs: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    batch_size: int
+
+
+class Pictures(Dataset):
+    """The pictures alone, for the tokenizer."""
+
+    def __init__(self, pictures: torch.Tensor):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pictures[index]}
+
+
+class PeriodicCallback(TrainerCallback):
+    """Saves a checkpoint every few minutes, and draws a sheet of samples with each."""
+
+    def __init__(self, minutes: float, draw: Callable[[], Image.Image], folder: Path):
+        self.seconds, self.draw, self.folder = minutes * 60, draw, folder
+        self.last = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if time.monotonic() - self.last >= self.seconds or state.global_step == state.max_steps:
+            control.should_save = True
+            self.last = time.monotonic()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Drawing must not move the random numbers that training draws, or a resumed run would differ.
+        with torch.random.fork_rng():
+            self.draw().save(self.folder / f"step-{state.global_step:06d}.png")
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the data set its epoch; in the epoch that a run resumes in, `Trainer` does not."""
+
+    def __init__(self, dataset: EmojiCaptions):
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.dataset.set_epoch(state.global_step // (state.max_steps // int(args.num_train_epochs)))
+
+
+class TokenizerTrainer(Trainer):
+    """
+    Log error of each picture plus quantization loss; codes that fall out of use are given a new place.
+
+    The first steps leave the quantizer out, so that the codebook can start from latents that mean something.
+
+    Args:
+        revival_pictures: random pictures of the data set that new codes are taken from; `None`: those of the step.
+    """
+
+    def __init__(self, *args: Any, revival_pictures: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.revival_pictures = revival_pictures
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        output = model(**inputs, quantize=self.progress >= WARM_UP)
+        error = (output.reconstruction.float() - inputs["pixel_values"]).square().flatten(1).mean(dim=1)
+        loss = LOG_ERROR_WEIGHT * (error + 1e-4).log().mean() + output.quantization_loss
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.state.global_step % REVIVE_EVERY == 0 and WARM_UP <= self.progress < REVIVE_UNTIL:
+            self._revive(inputs["pixel_values"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _revive(self, pixel_values: torch.Tensor) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.revival_pictures is not None:
+            pictures = self.train_dataset.pictures
+            pixel_values = pictures[torch.randperm(len(pictures))[: self.revival_pictures]]
+        with self.compute_loss_context_manager():
+            latents = model.encode_latents(pixel_values.to(model.device))
+        revived = model.quantizer.revive_codes(latents)
+        for name, moment in self.optimizer.state.get(model.quantizer.embedding.weight, {}).items():
+            if name.startswith("exp_avg"):
+                moment[revived] = 0
+
+
+def sheet(pictures: np.ndarray, columns: int = 8) -> Image.Image:
+    """Pictures (n, height, width, 3) uint8 side by side."""
+    rows = -(-len(pictures) // columns)
+    side = pictures.shape[1]
+    canvas = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * side, i % columns * side
+        canvas[top : top + side, left : left + side] = picture
+    return Image.fromarray(canvas)
+
+
+def arguments(
+    folder: Path, stage: Stage, options: argparse.Namespace, from_pixels: bool
+) -> TrainingArguments:
+    """The training arguments of a stage."""
+    return training_arguments(
+        folder,
+        from_pixels=from_pixels,
+        num_train_epochs=stage.epochs,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        adam_beta2=0.95,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps",
+        save_steps=10**9,  # the callback decides, by the clock
+        save_total_limit=2,
+        logging_steps=50,
+        report_to="none",
+        seed=options.seed,
+        dataloader_drop_last=True,
+        dataloader_num_workers=0,
+    )
+
+
+def run(trainer: Trainer, folder: Path) -> None:
+    """Trains, from the last checkpoint if there is one."""
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def train_tokenizer(
+    build: Callable[[], PreTrainedModel],
+    emoji: EmojiSet,
+    stage: Stage,
+    options: argparse.Namespace,
+    revival_pictures: int | None = None,
+) -> PreTrainedModel:
+    """The first stage; its result is kept in OUTPUT/tokenizer and taken from there when it exists."""
+    torch.manual_seed(options.seed)
+    model = build()
+    done = options.output / "tokenizer"
+    if (done / "config.json").is_file():
+        return type(model).from_pretrained(done).eval()
+    folder = options.output / "training-tokenizer"
+    model.to(memory_format=torch.channels_last)
+    pictures = emoji.pixel_values()
+    shown = torch.linspace(0, len(emoji) - 1, 32).long()
+
+    def draw() -> Image.Image:
+        return sheet(
+            np.concatenate([emoji.images[shown.numpy()], to_uint8(reconstruct(model, pictures[shown]))])
+        )
+
+    trainer = TokenizerTrainer(
+        model,
+        arguments(folder, stage, options, from_pixels=True),
+        train_dataset=Pictures(pictures),
+        callbacks=[PeriodicCallback(options.save_minutes, draw, options.sheets)],
+        revival_pictures=revival_pictures,
+    )
+    run(trainer, folder)
+    save(done, model)
+    return model.eval()
+
+
+def prompt_processor(emoji: EmojiSet, folder: Path, processor_class: type = VarProcessor) -> VarProcessor:
+    """
+    The processor with byte pairs of the training captions, kept in `folder`, since a resumed run needs the ids that it
+    began with. (Word pieces would not do: their trainer breaks ties differently in every process.)
+    """
+    if folder.is_dir():
+        return processor_class.from_pretrained(folder)
+    pieces = Tokenizer(models.BPE(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.train_from_iterator(
+        (caption for captions in emoji.train for caption in captions),
+        trainers.BpeTrainer(vocab_size=WORD_PARTS, special_tokens=["[PAD]", "[UNK]"], show_progress=False),
+    )
+    words = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]")
+    processor = processor_class(tokenizer=words, image_size=(SIZE, SIZE), max_prompt_tokens=MAX_PROMPT_TOKENS)
+    save(folder, processor)
+    return processor
+
+
+def train_generator(
+    model: PreTrainedModel,
+    processor: VarProcessor,
+    emoji: EmojiSet,
+    stage: Stage,
+    options: argparse.Namespace,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PreTrainedModel:
+    """The second stage: a text-conditional model on the ids of its frozen tokenizer, in `folder`."""
+    tokenizer = model.image_tokenizer.eval()
+    with torch.no_grad():
+        ids = torch.cat([tokenizer.encode(batch) for batch in emoji.pixel_values().split(128)])
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        codes = torch.stack([row["input_ids"] for row in rows])
+        return {"input_ids": codes, "labels": codes, **processor([row["caption"] for row in rows])}
+
+    def draw() -> Image.Image:
+        model.eval()
+        generators = [torch.Generator(model.device).manual_seed(i) for i in range(len(PROMPTS))]
+        drawn = model.generate(**processor(list(PROMPTS)).to(model.device), generator=generators)
+        pictures = to_uint8(model.decode_images(drawn))
+        model.train()
+        return sheet(pictures)
+
+    captions = EmojiCaptions(emoji, options.seed, pictures=ids, key="input_ids")
+    periodic = PeriodicCallback(options.save_minutes, draw, options.sheets)
+    trainer = Trainer(
+        model,
+        arguments(folder, stage, options, from_pixels=False),
+        train_dataset=captions,
+        data_collator=collate,
+        callbacks=[EpochCallback(captions), *callbacks, periodic],
+    )
+    run(trainer, folder)
+    return model.eval()
+
+
+def parser(description: str, output: Path) -> argparse.ArgumentParser:
+    """The options that every training script takes."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--output", type=Path, default=output, help="folder of the run")
+    options.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where it is not found by itself")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--save-minutes", type=float, default=4.0, help="time between checkpoints")
+    options.add_argument("--tokenizer-epochs", type=int, help="length of the first stage")
+    options.add_argument("--epochs", type=int, help="length of the second stage")
+    return options
+
+
+def save(folder: Path, *parts: Any, card: str | None = None) -> None:
+    """Saves the parts beside `folder` and renames, so that it is whole or not there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in parts:
+        part.save_pretrained(partial)
+    if card is not None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,232 @@
+"""
+Trains the small next-token models on which decodings are measured: pictures of emoji, 64x64, drawn from words, token
+after token.
+
+First a VQ tokenizer of 16x16 tokens on the 1,391 rendered emoji, which the families share; then a text-conditional
+LlamaGen or RAR on its ids and the captions of `hf_argen.data.emoji`. A checkpoint is written every few minutes; a run
+that was killed goes on from the last one when the same command is given again, and ends as it would have without the
+kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
+
+    python scripts/train_next_token.py llamagen --output runs/emoji-next-token
+    python scripts/train_next_token.py rar --output runs/emoji-next-token
+    python scripts/train_next_token.py llamagen-drafter --output runs/emoji-next-token
+
+The last is a small model that drafts for both. The results are the folders OUTPUT/emoji-FAMILY.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from emoji_training import (
+    DATA,
+    MAX_PROMPT_TOKENS,
+    SIZE,
+    Stage,
+    parser,
+    prompt_processor,
+    save,
+    train_generator,
+    train_tokenizer,
+)
+from evaluate_emoji import Yardstick, evaluate
+from transformers import PreTrainedModel, T5Config
+
+from hf_argen import (
+    LlamaGenConfig,
+    LlamaGenForImageGeneration,
+    LlamaGenProcessor,
+    LlamaGenVQConfig,
+    LlamaGenVQModel,
+    RarConfig,
+    RarForImageGeneration,
+    RarProcessor,
+)
+from hf_argen.data.emoji import EmojiSet
+from hf_argen.processors.base import ImageGenerationProcessor
+from hf_argen.training import RandomnessAnnealing
+
+TOKENIZER = {
+    "codebook_size": 512,
+    "codebook_dim": 8,
+    "latent_channels": 64,
+    "base_channels": 16,
+    "channel_multiplier": [1, 4, 4],
+    "num_res_blocks": 1,
+    "norm_num_groups": 8,
+    "grid_size": 16,
+}
+LLAMAGEN = {
+    "condition_type": "text",
+    "hidden_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 704,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "mlp_dropout": 0.0,
+    "text_embed_dim": 128,
+    "max_prompt_tokens": MAX_PROMPT_TOKENS,
+    "freeze_text_encoder": False,
+}
+DRAFTER = {
+    **LLAMAGEN,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 384,
+    "text_embed_dim": 64,
+}
+RAR = {
+    "condition_type": "text",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 576,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "text_embed_dim": 128,
+}
+ANNEALING = (0.25, 0.5)  # of the training; the paper's half and three quarters suit a longer one
+TEXT_ENCODER = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 512,
+    "num_layers": 1,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
+DRAFTER_TEXT_ENCODER = {**TEXT_ENCODER, "d_model": 64, "d_kv": 16, "d_ff": 256}
+SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
+
+REVIVAL_PICTURES = 128
+TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
+STAGES = {
+    "llamagen": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen-drafter": Stage(
+        epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
+    ),
+    "rar": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+}
+
+
+def build_tokenizer() -> LlamaGenVQModel:
+    """The tokenizer before its training."""
+    return LlamaGenVQModel(LlamaGenVQConfig(**TOKENIZER))
+
+
+def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> T5Config:
+    """Configuration of the encoder of the captions."""
+    words = processor.tokenizer
+    return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
+
+
+def build_llamagen(
+    tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor
+) -> LlamaGenForImageGeneration:
+    """LlamaGen before its training."""
+    encoder = text_encoder(processor, TEXT_ENCODER)
+    config = LlamaGenConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **LLAMAGEN)
+    return LlamaGenForImageGeneration(config)
+
+
+def build_drafter(
+    tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor
+) -> LlamaGenForImageGeneration:
+    """A small LlamaGen with the same tokens."""
+    encoder = text_encoder(processor, DRAFTER_TEXT_ENCODER)
+    config = LlamaGenConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **DRAFTER)
+    return LlamaGenForImageGeneration(config)
+
+
+def build_rar(tokenizer: LlamaGenVQModel, processor: ImageGenerationProcessor) -> RarForImageGeneration:
+    """RAR on the same tokens, before its training."""
+    encoder = text_encoder(processor, TEXT_ENCODER)
+    return RarForImageGeneration(
+        RarConfig(image_tokenizer_config=tokenizer.config, text_encoder_config=encoder, **RAR)
+    )
+
+
+TITLES = {
+    "llamagen": ("LlamaGen", "arXiv 2406.06525"),
+    "llamagen-drafter": ("LlamaGen drafter", "arXiv 2406.06525"),
+    "rar": ("RAR", "arXiv 2411.00776"),
+}
+BUILDERS = {
+    "llamagen": (build_llamagen, LlamaGenProcessor),
+    "llamagen-drafter": (build_drafter, LlamaGenProcessor),
+    "rar": (build_rar, RarProcessor),
+}
+
+
+def model_card(family: str, yardstick: Yardstick, parameters: int) -> str:
+    """README.md of the model folder."""
+    title, paper = TITLES[family]
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-to-image
+tags: [hf_argen, {family}, emoji]
+---
+
+# Emoji {title}
+
+Draws 64x64 pictures in the style of Noto Color Emoji from a few English words: next-token prediction ({title}, {paper})
+over 16x16 tokens, {parameters / 1e6:.1f} million parameters in all. It is made to measure decodings on, not to be useful.
+
+{DATA}
+## Numbers
+
+{yardstick.table()}
+
+Made by `scripts/train_next_token.py`, measured by `scripts/evaluate_emoji.py`.
+"""
+
+
+def train(
+    family: str, emoji: EmojiSet, tokenizer_stage: Stage, stage: Stage, options: argparse.Namespace
+) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
+    """Both stages of a family; the tokenizer's is shared."""
+    build, processor_class = BUILDERS[family]
+    tokenizer = train_tokenizer(build_tokenizer, emoji, tokenizer_stage, options, REVIVAL_PICTURES)
+    torch.manual_seed(options.seed)
+    processor = prompt_processor(emoji, options.output / f"processor-{family}", processor_class)
+    model = build(tokenizer, processor)
+    model.image_tokenizer.load_state_dict(tokenizer.state_dict())
+    model.generation_config.update(**SAMPLING)
+    callbacks = []
+    if family == "rar":
+        steps = stage.epochs * (len(emoji) // stage.batch_size)
+        callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
+    folder = options.output / f"training-{family}"
+    train_generator(model, processor, emoji, stage, options, folder, callbacks)
+    return model, processor
+
+
+def main() -> None:
+    options = parser(__doc__, Path("runs/emoji-next-token"))
+    options.add_argument("family", choices=sorted(BUILDERS))
+    options = options.parse_args()
+    options.sheets = options.output / f"sheets-{options.family}"
+    options.sheets.mkdir(parents=True, exist_ok=True)
+    emoji = EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
+    stage = STAGES[options.family]
+    model, processor = train(
+        options.family,
+        emoji,
+        replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
+        replace(stage, epochs=options.epochs or stage.epochs),
+        options,
+    )
+    model = model.to(torch.bfloat16)
+    yardstick = evaluate(model, processor, emoji)
+    print(yardstick.table())
+    card = model_card(options.family, yardstick, sum(parameter.numel() for parameter in model.parameters()))
+    folder = options.output / f"emoji-{options.family}"
+    save(folder, model, processor, card=card)
+    print(f"Written: {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The training script of the small next-token models, on a few emoji."""
+
+import argparse
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from hf_argen import AutoModelForImageGeneration
+
+TINY_TOKENIZER = {"base_channels": 8, "channel_multiplier": [1, 1, 2], "codebook_size": 64}
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "text_embed_dim": 16}
+TINY_TEXT = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    module = load_script("train_next_token")
+    module.TOKENIZER |= TINY_TOKENIZER
+    module.REVIVAL_PICTURES = 8
+    module.TEXT_ENCODER |= TINY_TEXT
+    module.DRAFTER_TEXT_ENCODER |= TINY_TEXT
+    for shape in (module.LLAMAGEN, module.RAR, module.DRAFTER):
+        shape |= TINY
+    return module
+
+
+def short(stage):
+    return replace(stage, epochs=2, batch_size=8, warmup_steps=2)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "llamagen-drafter", "rar"])
+def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "next-token"  # the tokenizer is trained once for all
+    shared = sys.modules["emoji_training"]
+    monkeypatch.setattr(shared, "PROMPTS", shared.PROMPTS[:2])
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    options = argparse.Namespace(output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0)
+    tokenizer = folder / "tokenizer" / "model.safetensors"
+    before = tokenizer.stat().st_mtime_ns if tokenizer.is_file() else None
+    stages = short(script.TOKENIZER_STAGE), short(script.STAGES[family])
+    model, processor = script.train(family, emoji, *stages, options)
+    assert before in (None, tokenizer.stat().st_mtime_ns)
+    if family == "rar":
+        assert model.randomness_ratio == 0.0  # annealed
+
+    card = script.model_card(family, sys.modules["evaluate_emoji"].Yardstick(0.75, 0.5, 25.4, (9, 9)), 10**6)
+    script.save(folder / family, model.to(torch.bfloat16), processor, card=card)
+    assert "75.0%" in card and "OFL-1.1" in card
+    again = AutoModelForImageGeneration.from_pretrained(folder / family)
+    prompts = AutoProcessor.from_pretrained(folder / family)(["red apple", "two cats"])
+    drawn = again.generate(**prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)])
+    assert drawn.shape == (2, 256)
+    assert again.generation_config.top_p == script.SAMPLING["top_p"]
+
+
+def test_the_text_encoder_learns(script, emoji, tmp_path):
+    processor = script.prompt_processor(emoji, tmp_path / "processor", script.LlamaGenProcessor)
+    model = script.build_llamagen(script.build_tokenizer(), processor).train()
+    torch.nn.init.normal_(model.head.out_proj.weight)
+    ids = torch.randint(64, (2, 256))
+    model(input_ids=ids, labels=ids, **processor(["red apple", "two cats"])).loss.backward()
+    assert model.text_encoder.shared.weight.grad.abs().sum() > 0
+    model.config.freeze_text_encoder = True
+    model.train().zero_grad()
+    model(input_ids=ids, labels=ids, **processor(["red apple", "two cats"])).loss.backward()
+    assert model.text_encoder.shared.weight.grad is None
