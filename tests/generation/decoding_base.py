@@ -120,7 +120,7 @@ class DecodingTests:
         """Sampling with guidance, temperature, top-k and top-p, all branches followed."""
         if self.decoding_class.guarantee is Guarantee.RELAXED:
             return
-        torch.manual_seed(3)
+        torch.manual_seed(10)
         model = self.make_smallest_model()
         options = {"do_sample": True, "guidance_scale": 1.5, "temperature": 1.3, "top_k": 2, "top_p": 0.9}
         found, expected = (

@@ -8,7 +8,12 @@ import torch
 from hf_argen.generation.cache import PreallocatedCache
 from hf_argen.generation.guidance import Guidance, Interval, PowerCosine, SoftCFG
 
-from ..helpers.tiny import tiny_llamagen
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_llamagen, tiny_next_token
+
+
+@pytest.fixture(params=NEXT_TOKEN_FAMILIES)
+def family(request):
+    return request.param
 
 
 def strengths(scale, schedule, neutral=0.0, steps=5):
@@ -25,6 +30,7 @@ def test_strengths():
         == strengths(2.0, {"type": "interval", "stop": 2})
         == [2.0, 2.0, 0, 0, 0]
     )
+    assert strengths(4.0, {"type": "power_cosine", "power": 0}) == strengths(4.0, "constant")
     power = strengths(4.0, {"type": "power_cosine", "power": 2.5})
     assert power == strengths(4.0, PowerCosine(2.5))
     assert power == pytest.approx([2 * (1 - math.cos(math.pi * (step / 5) ** 2.5)) for step in range(5)])
@@ -60,9 +66,9 @@ def test_bad_schedules(schedule, message):
 @pytest.mark.parametrize(
     "schedule", ["constant", "linear", Interval(2, 9), PowerCosine(2.0), [1.0] * 8 + [0.0] * 8]
 )
-def test_guided_logits(schedule):
+def test_guided_logits(family, schedule):
     """Against two teacher-forced passes."""
-    model = tiny_llamagen()
+    model = tiny_next_token(family)
     output = model.generate(
         [1, 3],
         guidance_scale=3.0,
@@ -115,9 +121,9 @@ class WeighedCache(PreallocatedCache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalize", [True, False])
-def test_soft_guidance(normalize):
+def test_soft_guidance(family, normalize):
     """With one layer values depend on nothing but their tokens, so that a pass over all of them tells each step."""
-    model = tiny_llamagen(num_hidden_layers=1)
+    model = tiny_next_token(family, num_hidden_layers=1)
     output = model.generate(
         [1, 3],
         guidance_scale=2.5,
@@ -129,20 +135,22 @@ def test_soft_guidance(normalize):
     ids = output.sequences
     conditional = model(input_ids=ids, class_labels=torch.tensor([1, 3])).logits
     certainty = conditional.softmax(-1).amax(-1)
-    null = model.null_condition(2).embeds
+    null = model.null_prompt(model.prompt(class_labels=torch.tensor([1, 3])))
+    prefix = null.embeds.shape[1]
     for step in range(ids.shape[1]):
         drawn = certainty[:, :step]
         if normalize and step:
             drawn = drawn / drawn.sum(dim=1, keepdim=True)
-        weights = torch.cat([torch.ones(2, 1), 1 - drawn], dim=1)
-        embeds = torch.cat([null, model.model.embed_tokens(ids[:, :step])], dim=1)
-        positions = torch.arange(step + 1).expand(2, -1)
-        mask = torch.full((step + 1, step + 1), -1e9).triu(1)[None, None]
+        weights = torch.cat([torch.ones(2, prefix), 1 - drawn], dim=1)
+        embeds = torch.cat([null.embeds, model.model.embed_tokens(ids[:, :step])], dim=1)
+        positions = torch.arange(step + prefix).expand(2, -1)
+        mask = torch.full((step + prefix, step + prefix), -1e9).triu(1)[None, None]
         unconditional = model.next_logits(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=WeighedCache(weights),
+            **null.context,
         )[:, 0]
         expected = unconditional + 2.5 * (conditional[:, step] - unconditional)
         assert torch.allclose(output.logits[:, step], expected, atol=1e-3), step

@@ -14,15 +14,19 @@ from hf_argen.generation.decoding.speculative_jacobi import Drafts, acceptance, 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.goldens import golden
 from ..helpers.language_models import KINDS, language_model, prompts
-from ..helpers.tiny import llamagen_vq_config, tiny_llamagen
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_next_token
 
 LOSSLESS = [SpeculativeJacobi, MaximalCouplingJacobi]
 
 
-def small_model(codes=2, tokens=3):
+@pytest.fixture(params=NEXT_TOKEN_FAMILIES)
+def family(request):
+    return request.param
+
+
+def small_model(family, codes=2, tokens=3):
     torch.manual_seed(3)
-    vq = llamagen_vq_config(codebook_size=codes, grid_size=[1, tokens])
-    return tiny_llamagen(image_tokenizer_config=vq)
+    return tiny_next_token(family, codes, grid=(1, tokens))
 
 
 def distribution(model, decoding, labels, **options):
@@ -34,9 +38,9 @@ def distribution(model, decoding, labels, **options):
 
 @pytest.mark.parametrize("initialization", ["random", "horizontal"])
 @pytest.mark.parametrize("decoding_class", LOSSLESS)
-def test_distribution_with_a_window_of_three(decoding_class, initialization):
+def test_distribution_with_a_window_of_three(family, decoding_class, initialization):
     """Drafts are carried from call to call, accepted, rejected and redrawn."""
-    model = small_model(tokens=4 if initialization == "horizontal" else 3)
+    model = small_model(family, tokens=4 if initialization == "horizontal" else 3)
     decoding = decoding_class(window=3, initialization=initialization)
     found = distribution(model, decoding, [1], guidance_scale=2.0)
     assert_same_distribution(found, distribution(model, "next_token", [1], guidance_scale=2.0))
@@ -44,18 +48,18 @@ def test_distribution_with_a_window_of_three(decoding_class, initialization):
 
 
 @pytest.mark.parametrize("decoding_class", LOSSLESS)
-def test_distribution_of_unequal_rows(decoding_class):
+def test_distribution_of_unequal_rows(family, decoding_class):
     """Two rows that gain different numbers of tokens in a call are as independent as alone."""
-    model = small_model()
+    model = small_model(family)
     decoding = decoding_class(window=2, initialization="horizontal")
     found = distribution(model, decoding, [0, 3], guidance_scale=2.0)
     assert_same_distribution(found, distribution(model, "next_token", [0, 3], guidance_scale=2.0))
     assert len(found) == 64
 
 
-def test_coupled_drafts_gain_more():
+def test_coupled_drafts_gain_more(family):
     """Mean tokens a call over many pictures."""
-    model = tiny_llamagen(grid_size=6)
+    model = tiny_next_token(family, grid=(6, 6))
     labels = [i % 5 for i in range(48)]
     gains = []
     for decoding in (SpeculativeJacobi(window=12), MaximalCouplingJacobi(window=12)):
@@ -137,14 +141,14 @@ def test_the_bound_of_grouped_verification(size):
         assert (relaxed > 0) == (size > 1 and limit is None) or limit is not None
 
 
-def test_groups_of_one_are_speculative_jacobi():
-    model = small_model()
+def test_groups_of_one_are_speculative_jacobi(family):
+    model = small_model(family)
     found = distribution(model, GroupedSpeculative(window=2, group_size=1), [1], guidance_scale=2.0)
     assert_same_distribution(found, distribution(model, "next_token", [1], guidance_scale=2.0))
 
 
-def test_larger_groups_take_fewer_calls():
-    model = tiny_llamagen()
+def test_larger_groups_take_fewer_calls(family):
+    model = tiny_next_token(family)
     calls = []
     for size in (1, 8, 16):
         decoding = GroupedSpeculative(window=8, group_size=size, max_distance=None, max_probability_gap=1.0)
@@ -230,8 +234,8 @@ def test_language_model_distribution():
 # Options
 
 
-def test_output_tells_what_was_gained():
-    model = tiny_llamagen()
+def test_output_tells_what_was_gained(family):
+    model = tiny_next_token(family)
     output = model.generate(
         [0, 1],
         decoding="speculative_jacobi",
@@ -244,25 +248,25 @@ def test_output_tells_what_was_gained():
     assert output.steps == output.forward_calls and output.logits.shape == (2, 16, 16)
 
 
-def test_logits_are_those_of_the_sequence():
-    model = tiny_llamagen()
+def test_logits_are_those_of_the_sequence(family):
+    model = tiny_next_token(family)
     options = {"do_sample": True, "return_dict_in_generate": True, "output_logits": True}
     output = model.generate([0, 1, 2], decoding=SpeculativeJacobi(window=5), **options)
     expected = model(input_ids=output.sequences, class_labels=torch.tensor([0, 1, 2])).logits
     assert torch.allclose(output.logits, expected, atol=1e-3)
 
 
-def test_initial_drafts():
-    model = tiny_llamagen()
+def test_initial_drafts(family):
+    model = tiny_next_token(family)
     for initialization in ("random", "horizontal", "vertical"):
         decoding = SpeculativeJacobi(window=6, initialization=initialization)
         ids = model.generate([0, 1, 2], decoding=decoding, do_sample=False)
         assert torch.equal(ids, model.generate([0, 1, 2], do_sample=False))
 
 
-def test_giving_up():
+def test_giving_up(family):
     """A request that gains too little goes on token by token."""
-    model = tiny_llamagen(grid_size=8)
+    model = tiny_next_token(family, grid=(8, 8))
     options = {"do_sample": True, "return_dict_in_generate": True, "temperature": 5.0}
     gains = model.generate(
         [0], decoding=SpeculativeJacobi(window=4, give_up_below=4.0), **options
@@ -286,8 +290,8 @@ def test_bad_options(make, message):
         make()
 
 
-def test_bad_requests():
-    model = tiny_llamagen()
+def test_bad_requests(family):
+    model = tiny_next_token(family)
     with pytest.raises(ValueError, match="window is 17; a picture of this model has 16 tokens"):
         model.generate([0], decoding=SpeculativeJacobi(window=17))
     ids = torch.zeros(1, 16, dtype=torch.long)

@@ -16,16 +16,20 @@ from hf_argen.generation.decoding.speculative_jacobi import acceptance
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.goldens import assert_close, golden
 from ..helpers.language_models import KINDS, language_model, prompts
-from ..helpers.tiny import llamagen_vq_config, tiny_llamagen
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_next_token
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
 
 
-def models(codes=16, grid=(4, 4), **changes):
+@pytest.fixture(params=NEXT_TOKEN_FAMILIES)
+def family(request):
+    return request.param
+
+
+def models(family, codes=16, grid=(4, 4)):
     """A model and a small one of the same family."""
     torch.manual_seed(3)
-    vq = llamagen_vq_config(codebook_size=codes, grid_size=list(grid))
-    return tuple(tiny_llamagen(image_tokenizer_config=vq, **sizes, **changes) for sizes in ({}, SMALL))
+    return tuple(tiny_next_token(family, codes, grid, **sizes) for sizes in ({}, SMALL))
 
 
 # The rule
@@ -117,8 +121,8 @@ def test_the_bound(options):
 # The decoding
 
 
-def test_without_relaxation_the_distribution_is_the_plain_one():
-    model, drafter = models(codes=2, grid=(1, 3))
+def test_without_relaxation_the_distribution_is_the_plain_one(family):
+    model, drafter = models(family, codes=2, grid=(1, 3))
 
     def distribution(decoding, **options):
         def run():
@@ -134,8 +138,8 @@ def test_without_relaxation_the_distribution_is_the_plain_one():
     assert len(expected) == 64
 
 
-def test_longer_drafts():
-    model, drafter = models(codes=2, grid=(1, 4))
+def test_longer_drafts(family):
+    model, drafter = models(family, codes=2, grid=(1, 4))
 
     def distribution(decoding):
         return Enumerator().distribution(
@@ -160,9 +164,9 @@ def test_greedy_language_models(kind):
         )
 
 
-def test_a_model_that_drafts_for_itself():
+def test_a_model_that_drafts_for_itself(family):
     """Every draft is accepted, so a call of the model gains all of them and one more."""
-    model, _ = models()
+    model, _ = models(family)
     output = model.generate(
         [0, 1],
         decoding=RelaxedAcceptance(model, draft_length=4, delta=0.0),
@@ -173,8 +177,8 @@ def test_a_model_that_drafts_for_itself():
     assert output.forward_calls == 2 + 3 + 3 * 5
 
 
-def test_more_relaxation_accepts_more():
-    model, drafter = models()
+def test_more_relaxation_accepts_more(family):
+    model, drafter = models(family)
     gains = []
     for delta in (0.0, 0.02, 0.3):
         output = model.generate(
@@ -189,9 +193,9 @@ def test_more_relaxation_accepts_more():
     assert gains[0] < gains[1] < gains[2]
 
 
-def test_greedy_relaxation_keeps_what_becomes_the_best():
+def test_greedy_relaxation_keeps_what_becomes_the_best(family):
     """With all probability on loan every draft is the best one: after its first token the picture is the drafter's."""
-    model, drafter = models()
+    model, drafter = models(family)
     ids = model.generate(
         [0, 2], decoding=RelaxedAcceptance(drafter, draft_length=15, delta=1.0), do_sample=False
     )
@@ -203,8 +207,8 @@ def test_greedy_relaxation_keeps_what_becomes_the_best():
     assert not torch.equal(ids, plain)
 
 
-def test_stored_by_name(tmp_path):
-    model, drafter = models()
+def test_stored_by_name(family, tmp_path):
+    model, drafter = models(family)
     with pytest.raises(ValueError, match="The drafter was never saved or loaded"):
         RelaxedAcceptance(drafter).to_dict()
     drafter.save_pretrained(tmp_path)
@@ -237,10 +241,10 @@ def test_bad_options(options, message):
         RelaxedAcceptance(**options)
 
 
-def test_bad_drafters_and_codebooks(tmp_path):
-    model, _ = models()
-    _, other_codes = models(codes=8)
-    _, other_grid = models(grid=(2, 4))
+def test_bad_drafters_and_codebooks(family, tmp_path):
+    model, _ = models(family)
+    _, other_codes = models(family, codes=8)
+    _, other_grid = models(family, grid=(2, 4))
     for decoding, message in (
         (RelaxedAcceptance(), "needs a drafter"),
         (RelaxedAcceptance(other_codes), "draws from 8 tokens, the model from 16"),

@@ -187,8 +187,14 @@ def tiny_rar(**changes) -> RarForImageGeneration:
     return spread(RarForImageGeneration(rar_config(**changes)))
 
 
-NEXT_TOKEN_MODELS = {
+NEXT_TOKEN_FAMILIES = {
     "llamagen": (tiny_llamagen, llamagen_vq_config),
     "rar": (tiny_rar, maskgit_vq_config),
 }
-"""Next-token families: how to make a tiny model of each, and the configuration of its tokenizer."""
+"""Families that draw token by token: how to make a tiny model of each, and the configuration of its tokenizer."""
+
+
+def tiny_next_token(family: str, codes: int = 16, grid=(4, 4), **changes) -> torch.nn.Module:
+    """The class-conditional model of a family that draws token by token, with so many codes on such a grid."""
+    make, tokenizer = NEXT_TOKEN_FAMILIES[family]
+    return make(image_tokenizer_config=tokenizer(codebook_size=codes, grid_size=list(grid)), **changes)

@@ -10,6 +10,7 @@ from hf_argen.modeling.llamagen.convert_llamagen import CONVERTER, TRANSFORMER
 from hf_argen.modeling.llamagen.modeling_llamagen import words_last
 
 from ..helpers.goldens import SHARED, assert_close, assert_same_image, golden
+from ..helpers.tiny import llamagen_config
 
 
 def converted(case):
@@ -189,6 +190,15 @@ def test_bad_requests(model):
         model.generate([0], decoding="next_scale")
     with pytest.raises(ValueError, match=rf"pictures of this model have {tokens} tokens"):
         model(input_ids=torch.zeros(1, tokens + 1, dtype=torch.long), class_labels=torch.zeros(1).long())
+
+
+@torch.no_grad()
+def test_a_new_model_is_uniform():
+    model = LlamaGenForImageGeneration(llamagen_config()).eval()
+    logits = model(
+        input_ids=torch.zeros(1, 16, dtype=torch.long), class_labels=torch.zeros(1, dtype=torch.long)
+    ).logits
+    assert not logits.any()
 
 
 # Forms of checkpoints

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_argen import VarForImageGeneration
 from hf_argen.modeling.var.convert_var import TRANSFORMER
 
 from ..helpers.goldens import assert_close, golden
+from ..helpers.tiny import var_config
 
 CASES = ["d2_adaln_l2_q4", "d3_saln_l2_q0", "d2_adaln_nol2_q1"]
 
@@ -130,3 +132,23 @@ def test_trainer_checkpoint():
 
 def _original_keys(case):
     return torch.load(case.path / "var_d2.pth", weights_only=True).keys()
+
+
+def test_a_new_model_starts_as_the_authors_does():
+    """Residual branches small, gates near zero, the head near uniform (`init_weights` of their code)."""
+    config = var_config()
+    model = VarForImageGeneration(config)
+    std, depth = (3 * config.hidden_size) ** -0.5, 2 * config.num_hidden_layers
+    layer = model.model.layers[0]
+    gates, others = layer.modulation.linear.weight.split([64, 128])
+    for weight, expected in (
+        (layer.self_attn.q_proj.weight, std),
+        (layer.self_attn.o_proj.weight, std / depth**0.5),
+        (layer.mlp.fc2.weight, std / depth**0.5),
+        (gates, 1e-5 * std),
+        (others, 0.5 * std),
+        (model.model.norm.linear.weight, 0.5 * std),
+        (model.head.out_proj.weight, 0.02 * std),
+    ):
+        assert weight.std().item() == pytest.approx(expected, rel=0.15)
+    assert torch.allclose(layer.self_attn.logit_scale, torch.tensor(4.0).log())

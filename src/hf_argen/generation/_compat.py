@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
+    initialization,
 )
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -186,6 +187,24 @@ class InspectedLoading:
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+
+class WholeInitialization:
+    """
+    Lets `_init_weights` see every module. transformers takes classes outside of its package for remote code that may not
+    mark what it loads, and passes over modules without weights of their own (5.17 to 5.24), which would leave the
+    weights below them as their children's rule had them.
+    """
+
+    @torch.no_grad()
+    @initialization.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        def visit(module: torch.nn.Module, initialize: Callable[[torch.nn.Module], None]) -> None:
+            for child in module.children():
+                visit(child, child._initialize_weights if isinstance(child, PreTrainedModel) else initialize)
+            initialize(module)
+
+        visit(self, self._initialize_weights)
 
 
 # Language models of transformers

@@ -281,5 +281,7 @@ def _describe(
     return "; ".join(named(kind, keys) for kind, keys in groups if keys)
 
 
-class StrictPreTrainedModel(PlacementMixin, StrictLoadingMixin, WholeSavingMixin, PreTrainedModel):
+class StrictPreTrainedModel(
+    PlacementMixin, StrictLoadingMixin, WholeSavingMixin, _compat.WholeInitialization, PreTrainedModel
+):
     """A [`~transformers.PreTrainedModel`] whose `from_pretrained` is strict, and which is saved whole, with its card."""

@@ -329,6 +329,10 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
         ]
         return torch.stack(orders)
 
+    def draw_dropped_conditions(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Rows whose condition is dropped in training, (batch_size,) bool; drawn as by the authors, before the orders."""
+        return torch.rand(batch_size, device=device) < self.config.condition_dropout
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -366,9 +370,7 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
             input_ids = self.encode_images(pixel_values)
             labels = input_ids if labels is None and return_loss else labels
         self._check_ids(input_ids, labels, orders)
-        drop = None
-        if self.training:  # one draw per row from the global generator, as in the authors' code
-            drop = torch.rand(len(input_ids), device=input_ids.device) < self.config.condition_dropout
+        drop = self.draw_dropped_conditions(len(input_ids), input_ids.device) if self.training else None
         condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
         if len(condition) != len(input_ids):
             raise ValueError(f"There are {len(condition)} conditions for {len(input_ids)} pictures.")
@@ -406,4 +408,10 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
                     f"{name} have the shape {tuple(value.shape)}; the ids have {tuple(input_ids.shape)}."
+                )
+        if orders is not None:
+            places = torch.arange(input_ids.shape[1], device=orders.device)
+            if not torch.equal(orders.sort(dim=1).values, places.expand_as(orders)):
+                raise ValueError(
+                    f"orders must be permutations of 0 to {input_ids.shape[1] - 1} in every row."
                 )

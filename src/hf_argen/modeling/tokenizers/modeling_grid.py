@@ -53,7 +53,7 @@ class GridTokenizerModel(StrictPreTrainedModel):
     accepts_loss_kwargs = False
     _supports_sdpa = True
     # Not the codebook: FSDP would gather its weights in `forward` only, and it is used by its other methods.
-    _no_split_modules = ["ResnetBlock", "SpatialAttention"]
+    _no_split_modules = ["ResnetBlock"]
 
     quantizer: Codebook
 

@@ -33,6 +33,7 @@ class LlamaGenVQModel(GridTokenizerModel):
     config: LlamaGenVQConfig
     config_class = LlamaGenVQConfig
     output_class = LlamaGenVQOutput
+    _no_split_modules = ["ResnetBlock", "SpatialAttention"]
 
     ENTROPY_TEMPERATURE = 0.01
 
