@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def laid_out(features: torch.Tensor) -> torch.Tensor:
+    """The same with channels last in memory on a CPU, where convolutions then need no reordering of their input."""
+    return features.contiguous(memory_format=torch.channels_last) if features.device.type == "cpu" else features
+
+
 class ResnetBlock(nn.Module):
     """
     Two 3x3 convolutions behind group norms, with a 1x1 shortcut where the width changes.
@@ -65,7 +70,7 @@ class SpatialAttention(nn.Module):
             proj(normed).flatten(2).transpose(1, 2)[:, None] for proj in (self.q, self.k, self.v)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
-        attended = attended[:, 0].transpose(1, 2).reshape(hidden_states.shape)
+        attended = attended[:, 0].transpose(1, 2).unflatten(2, hidden_states.shape[2:])
         return hidden_states + self.proj(attended)
 
 
@@ -191,7 +196,7 @@ class ConvEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel, padding=kernel // 2)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.conv_in(pixel_values)
+        hidden_states = self.conv_in(laid_out(pixel_values))
         for level in self.down_blocks:
             hidden_states = level(hidden_states)
             if hasattr(level, "downsample"):
@@ -237,7 +242,7 @@ class ConvDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.mid_block(self.conv_in(latents))
+        hidden_states = self.mid_block(self.conv_in(laid_out(latents)))
         for level in reversed(self.up_blocks):
             hidden_states = level(hidden_states)
             if hasattr(level, "upsample"):

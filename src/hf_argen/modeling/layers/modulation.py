@@ -10,7 +10,7 @@ def modulated_norm(
 ) -> torch.Tensor:
     """Layer norm without weights of its own, then * (1 + scale) + shift; these are (batch, 1 or tokens, hidden)."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
-    return normed * (scale + 1) + shift
+    return torch.addcmul(shift, normed, scale + 1)
 
 
 class AdaLNModulation(nn.Module):

@@ -7,7 +7,7 @@ def rotary_2d(
     positions: torch.Tensor, head_dim: int, width: int, base: float, prefix: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosine and sine of the rotation of tokens of a grid: the first half of the pairs of channels turns with the row, the
+    The rotation of tokens of a grid, for [`rotate_pairs`]: the first half of the pairs of channels turns with the row, the
     second with the column.
 
     Args:
@@ -17,7 +17,8 @@ def rotary_2d(
         base: of the frequencies.
 
     Returns:
-        two of (rows, 1, n, head_dim / 2) float32; zeros for the prefix, whose queries and keys vanish (LlamaGen).
+        factors (rows, 1, n, head_dim / 2, 1) of a pair of channels and (rows, 1, n, head_dim / 2, 2) of the pair
+        turned round, float32; zeros for the prefix, whose queries and keys vanish (LlamaGen).
     """
     half = head_dim // 2
     frequencies = base ** (-torch.arange(0, half, 2, device=positions.device).float() / half)
@@ -25,11 +26,12 @@ def rotary_2d(
     in_grid = place >= 0
     place = place.clamp(min=0)
     angles = torch.cat([(place // width) * frequencies, (place % width) * frequencies], dim=-1)
-    return tuple((part * in_grid).unsqueeze(1) for part in (angles.cos(), angles.sin()))
+    cos, sin = ((part * in_grid).unsqueeze(1) for part in (angles.cos(), angles.sin()))
+    return cos.unsqueeze(-1), torch.stack([-sin, sin], dim=-1)
 
 
-def rotate_pairs(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(states: torch.Tensor, kept: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
     """Turns the pairs of adjacent channels of (rows, heads, n, head_dim), in float32."""
-    even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(states.dtype)
+    pairs = states.float().unflatten(-1, (-1, 2))
+    # (even, odd) * cos + (odd, even) * (-sin, sin)
+    return torch.addcmul(pairs * kept, pairs.flip(-1), turned).flatten(-2).to(states.dtype)
