@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_argen import VarProcessor
 from hf_argen.data.emoji import EmojiCaptions, EmojiSet, to_uint8
-from hf_argen.training import training_arguments
+from hf_argen.training import EpochCallback, training_arguments
 
 SIZE = 64
 WORD_PARTS = 2048
@@ -98,18 +98,6 @@ class PeriodicCallback(TrainerCallback):
         # Drawing must not move the random numbers that training draws, or a resumed run would differ.
         with torch.random.fork_rng():
             self.draw().save(self.folder / f"step-{state.global_step:06d}.png")
-
-
-class EpochCallback(TrainerCallback):
-    """Tells the data set its epoch; in the epoch that a run resumes in, `Trainer` does not."""
-
-    def __init__(self, dataset: EmojiCaptions):
-        self.dataset = dataset
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.dataset.set_epoch(state.global_step // (state.max_steps // int(args.num_train_epochs)))
 
 
 class TokenizerTrainer(Trainer):

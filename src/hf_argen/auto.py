@@ -32,6 +32,8 @@ class Family:
         base_model: what `AutoModel` gives.
         generator: what `AutoModelForImageGeneration` gives; `None` for a visual tokenizer.
         processor: what `AutoProcessor` gives, its whole dotted name, since families share processors.
+        picture_processor: of a visual tokenizer, the processor of the family that it was made for, its whole dotted
+            name; it brings pictures to their size as the authors do.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Family:
     base_model: str
     generator: str | None = None
     processor: str | None = None
+    picture_processor: str | None = None
 
     def load(self, class_name: str) -> Any:
         """The class behind one of the dotted names."""
@@ -62,6 +65,7 @@ FAMILIES = {
             title="multi-scale residual VQ-VAE, the visual tokenizer of VAR",
             config="configuration_multiscale_vq.MultiScaleVQConfig",
             base_model="modeling_multiscale_vq.MultiScaleVQModel",
+            picture_processor="hf_argen.processors.processing_var.VarProcessor",
         ),
         Family(
             name="var",
@@ -87,6 +91,7 @@ FAMILIES = {
             title="VQ-16 and VQ-8, the visual tokenizers of LlamaGen",
             config="configuration_llamagen_vq.LlamaGenVQConfig",
             base_model="modeling_llamagen_vq.LlamaGenVQModel",
+            picture_processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
         ),
         Family(
             name="llamagen",
@@ -103,6 +108,7 @@ FAMILIES = {
             title="MaskGIT-VQGAN, the visual tokenizer of RAR",
             config="configuration_maskgit_vq.MaskGitVQConfig",
             base_model="modeling_maskgit_vq.MaskGitVQModel",
+            picture_processor="hf_argen.processors.processing_rar.RarProcessor",
         ),
         Family(
             name="rar",

@@ -1,5 +1,5 @@
 """
-Folders that are whole or not there, whenever the process that writes them dies.
+Folders and files that are whole or not there, whenever the process that writes them dies.
 
 Everything is written beside its place first and moved there by renaming. A process that is killed leaves a folder
 behind whose name tells which process made it; the next one to write to the same place clears it away.
@@ -11,9 +11,10 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 KEYS = (
     "config.json",
@@ -72,6 +73,36 @@ def replaced_folder(target: str | os.PathLike) -> Iterator[Path]:
             old.rename(target)
         for folder in (fresh, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
+    """
+    Calls `save` with a temporary path and renames the result, so that `path` is complete or absent.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    temporary = temporary_name(path)
+    try:
+        save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}); nothing was left."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it is renamed: beside `path`, not seen by others."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes the files that killed processes were writing in a folder with `write_whole`."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def clear_remains(target: str | os.PathLike) -> None:

@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+
+from ..storage import temporary_name, write_whole
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 RECORD = "argen"  # name of the entry
@@ -34,7 +36,7 @@ def check_out(out: Path, is_folder: bool) -> None:
         probe.unlink()
         if not is_folder:
             with contextlib.suppress(FileNotFoundError):
-                _temporary(out).stat()
+                temporary_name(out).stat()
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror}); give another output.") from error
 
@@ -66,25 +68,6 @@ def check_sheet(path: Path, size: tuple[int, int], record: dict[str, Any], is_an
         )
     if image_format == "JPEG" and len(json.dumps(record)) > MAX_JPEG_RECORD:
         raise ValueError(f"{path} cannot hold so many prompts in its record; give a .png file.")
-
-
-def _temporary(path: Path) -> Path:
-    """Beside `path`, not seen by others."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def write_whole(path: Path, save: Callable[[Path], None]) -> None:
-    """Calls `save` with a temporary path and renames the result, so that `path` is complete or absent."""
-    temporary = _temporary(path)
-    try:
-        save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror or error}); nothing was left."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_picture(path: Path, picture: Image.Image, record: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import write_picture, write_whole
+from ..storage import remove_parts, write_whole
+from .files import write_picture
 
 PLAN = "sample.json"
 RECORD = "argen"  # entry of the .npz that holds the plan
@@ -96,8 +97,7 @@ class Store(ABC):
 
     def remove_leftovers(self) -> None:
         """Files that killed processes were writing."""
-        for path in self.folder.glob(".*.part"):
-            path.unlink(missing_ok=True)
+        remove_parts(self.folder)
 
 
 class FolderStore(Store):

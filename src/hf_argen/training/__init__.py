@@ -1,6 +1,8 @@
 """What `Trainer` needs beyond a model's `forward`."""
 
 from .arguments import training_arguments
+from .epochs import EpochCallback
 from .randomness import RandomnessAnnealing
+from .token_files import TokenDataset, TokenWriter
 
-__all__ = ["RandomnessAnnealing", "training_arguments"]
+__all__ = ["EpochCallback", "RandomnessAnnealing", "TokenDataset", "TokenWriter", "training_arguments"]
