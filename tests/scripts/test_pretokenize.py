@@ -18,6 +18,7 @@ from hf_argen.training import EpochCallback, TokenDataset, training_arguments
 
 from ..helpers import kills as faults
 from ..helpers.tiny import llamagen_vq_config, tiny_llamagen, tiny_rar, tiny_var
+from . import killed_work
 
 MODELS = {"llamagen": tiny_llamagen, "rar": tiny_rar, "var": tiny_var}
 COUNTS = {"blue": 3, "green": 2, "red": 4}
@@ -145,37 +146,17 @@ def test_every_tokenizer_has_its_way_of_cutting_pictures():
 # Kills
 
 
-def work(model: Path, pictures: Path, out: Path):
-    """One run in a process of its own."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-    import pretokenize
-
-    options = [
-        "--views",
-        "flip",
-        "--shard-size",
-        "2",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    parsed = pretokenize.parse([str(model), str(pictures), str(out), *options])
-    yield
-    pretokenize.run(parsed)
-
-
 def test_a_killed_run_ends_as_an_unbroken_one(script, models, pictures, tmp_path, kills):
     model = models / "tokenizer"
-    _, changes = faults.run(work, model, pictures, tmp_path / "unbroken")
+    options = ("--views", "flip", "--shard-size", "2", "--batch-size", "4")
+    inside = (*options, "--workers", "0", "--device", "cpu")
+    _, changes = faults.run(killed_work.pretokenize, model, pictures, tmp_path / "unbroken", *inside)
     expected = contents(tmp_path / "unbroken")
     assert len(expected) == 6
     moments = sorted({round(1 + i * (changes - 2) / max(kills - 1, 1)) for i in range(kills)})
     for moment in moments:
         out = tmp_path / f"killed-{moment}"
-        assert faults.kill_at_change(work, (model, pictures, out), moment)
+        assert faults.kill_at_change(killed_work.pretokenize, (model, pictures, out, *inside), moment)
         found = contents(out) if out.exists() else {}
         assert all(
             expected[name] == content for name, content in found.items() if name.endswith(".safetensors")
@@ -183,7 +164,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(script, models, pictures, tmp_path
         if found.get("tokens.json") != expected["tokens.json"]:  # nothing was left to do but to clear up
             with pytest.raises(ValueError, match=r"is not complete|holds no tokens"):
                 TokenDataset(out)
-        run(script, model, pictures, out, "--views", "flip", "--shard-size", 2, "--batch-size", 4)
+        run(script, model, pictures, out, *options)
         assert contents(out) == expected
 
 
