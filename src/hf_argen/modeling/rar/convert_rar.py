@@ -86,7 +86,7 @@ def transformer_config(
     Raises:
         ConversionError: the arguments contradict the weights.
     """
-    given = OriginalArguments(role, _flat(original_config.get(role)))
+    given = OriginalArguments(role, _flat(original_config.get(role), role))
     vocab_size, width = shape_of(state_dict, "lm_head.weight", role, 2)
     rows, _ = shape_of(state_dict, "embeddings.weight", role, 2)
     tokens = shape_of(state_dict, "pos_embed", role, 3)[1] - SPARE_POSITIONS
@@ -130,13 +130,17 @@ def transformer_config(
     return config, generation
 
 
-def _flat(given: Any) -> Any:
+def _flat(given: Any, role: str) -> Any:
     """The arguments of the two inner blocks and those beside them, which have no names in common."""
     if not isinstance(given, Mapping):
         return given
-    inner = [value for value in given.values() if isinstance(value, Mapping)]
-    flat = {name: value for name, value in given.items() if name not in ("vq_model", "generator")}
-    for block in inner:
+    flat = dict(given)
+    for name in ("vq_model", "generator"):
+        block = flat.pop(name, {})
+        if not isinstance(block, Mapping):
+            raise ConversionError(
+                f"original_config[{role!r}][{name!r}] must be a dict of arguments, not {block!r}."
+            )
         flat |= block
     return flat
 
