@@ -107,7 +107,9 @@ def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> Side:
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Writes the random model: ours, and with --reference the same weights in the authors' format."""
-    if (folder / "config.json").exists() and (options.reference is None or (folder / "transformer.pth").exists()):
+    if (folder / "config.json").exists() and (
+        options.reference is None or (folder / "transformer.pth").exists()
+    ):
         return
     if options.reference is None:
         from hf_argen import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenVQConfig

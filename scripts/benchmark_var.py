@@ -34,9 +34,7 @@ def load_theirs(reference: Path, options: argparse.Namespace, folder: Path | Non
     kept = [layer.reset_parameters for layer in layers]
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
-        tokenizer, transformer = build_vae_var(
-            options.device, depth=options.depth, ch=options.base_channels
-        )
+        tokenizer, transformer = build_vae_var(options.device, depth=options.depth, ch=options.base_channels)
     for layer, method in zip(layers, kept, strict=True):
         layer.reset_parameters = method
     if folder is None:
@@ -94,7 +92,9 @@ def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype, mode: st
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Writes the random model: ours, and with --reference the same weights in the authors' format."""
-    if (folder / "config.json").exists() and (options.reference is None or (folder / "transformer.pth").exists()):
+    if (folder / "config.json").exists() and (
+        options.reference is None or (folder / "transformer.pth").exists()
+    ):
         return
     torch.manual_seed(0)
     if options.reference is None:

@@ -38,7 +38,9 @@ OTHER = "norms, activations, copies"
 OUTSIDE = "Python, between operations"
 
 
-def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any):
+def attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+):
     """Of the CPU's attention, which torch's counter does not know."""
     return sdpa_flop_count(query, key, value)
 
@@ -92,24 +94,25 @@ class Rates:
 
     @classmethod
     def measure(cls, device: str, dtypes: Sequence[torch.dtype], size: int = 2048) -> "Rates":
-        """Medians of a few runs; `size` is the side of the matrices."""
+        """The best of a few runs, since the machine's rate is what bounds the others; `size` is that of the matrices."""
         products = {}
         for dtype in dtypes:
             matrix = torch.randn(size, size, device=device).to(dtype)
-            products[dtype] = 2 * size**3 / cls._median(lambda matrix=matrix: matrix @ matrix)
+            products[dtype] = 2 * size**3 / cls._best(lambda matrix=matrix: matrix @ matrix)
         source = torch.ones(size**2 * 16, device=device)
         target = torch.empty_like(source)
-        copied = 2 * source.nbytes / cls._median(lambda: target.copy_(source))
-        return cls(products, copied, source.nbytes / cls._median(source.sum))
+        copied = 2 * source.nbytes / cls._best(lambda: target.copy_(source))
+        return cls(products, copied, source.nbytes / cls._best(source.sum))
 
     @staticmethod
-    def _median(call: Callable[[], Any], runs: int = 5) -> float:
-        call()
-        return statistics.median(seconds(call) for _ in range(runs))
+    def _best(call: Callable[[], Any], runs: int = 10) -> float:
+        return min(seconds(call) for _ in range(runs))
 
     def report(self) -> None:
         products = ", ".join(f"{_name(dtype)} {rate / 1e9:.0f}" for dtype, rate in self.products.items())
-        print(f"\nMatrix products in Gflop/s: {products}; GB/s: copy {self.copy / 1e9:.1f}, read {self.read / 1e9:.1f}")
+        print(
+            f"\nMatrix products in Gflop/s: {products}; GB/s: copy {self.copy / 1e9:.1f}, read {self.read / 1e9:.1f}"
+        )
 
 
 @dataclass
@@ -151,7 +154,9 @@ class Timing:
 
 
 @contextlib.contextmanager
-def metered(parts: dict[str, list[tuple[Any, str]]], meter: Callable[[], float]) -> Iterator[dict[str, float]]:
+def metered(
+    parts: dict[str, list[tuple[Any, str]]], meter: Callable[[], float]
+) -> Iterator[dict[str, float]]:
     """Within the `with` block, what `meter` advances in each part: seconds, or operations."""
     spent = dict.fromkeys(parts, 0.0)
     methods = [(name, owner, method) for name, owned in parts.items() for owner, method in owned]
@@ -250,7 +255,9 @@ def measure_peaks(options: argparse.Namespace, folder: Path, names: Sequence[str
 def peak_of_child(folder: Path, name: str, batch: int) -> float:
     """Runs this script once more, where [`run`] ends with [`report_peak`]."""
     own = ["--folder", str(folder), "--peak", name, "--batch", str(batch)]
-    finished = subprocess.run([sys.executable, *sys.argv, *own], stdout=subprocess.PIPE, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, *sys.argv, *own], stdout=subprocess.PIPE, text=True, check=True
+    )
     return float(finished.stdout.splitlines()[-1])
 
 
@@ -301,7 +308,9 @@ def report_machine(options: argparse.Namespace) -> None:
     if options.device == "cuda":
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        device = (
+            f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        )
     print(f"{device}, torch {torch.__version__}\n\n    {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
 
 
@@ -411,17 +420,25 @@ def parser(description: str, batches: Sequence[int]) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the authors' repository")
-    made.add_argument("--batch", type=int, nargs="+", default=list(batches), help="pictures that are drawn at once")
+    made.add_argument(
+        "--batch", type=int, nargs="+", default=list(batches), help="pictures that are drawn at once"
+    )
     made.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--threads", type=int, default=os.cpu_count())
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    made.add_argument("--folder", type=Path, help="where the models are kept, to go on with them; default: temporary")
+    made.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
+    made.add_argument(
+        "--folder", type=Path, help="where the models are kept, to go on with them; default: temporary"
+    )
     made.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     made.add_argument("--no-kinds", action="store_true", help="leave out the time by kind of operation")
     made.add_argument("--no-time", action="store_true", help="only the peak memory")
     made.add_argument("--prepare", action="store_true", help="only write the models to FOLDER")
-    made.add_argument("--peak", help=argparse.SUPPRESS)  # a child of this script: the side whose memory is asked for
+    made.add_argument(
+        "--peak", help=argparse.SUPPRESS
+    )  # a child of this script: the side whose memory is asked for
     return made
 
 

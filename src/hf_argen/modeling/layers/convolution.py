@@ -12,7 +12,9 @@ from torch import nn
 
 def laid_out(features: torch.Tensor) -> torch.Tensor:
     """The same with channels last in memory on a CPU, where convolutions then need no reordering of their input."""
-    return features.contiguous(memory_format=torch.channels_last) if features.device.type == "cpu" else features
+    return (
+        features.contiguous(memory_format=torch.channels_last) if features.device.type == "cpu" else features
+    )
 
 
 class ResnetBlock(nn.Module):
