@@ -15,12 +15,12 @@ import contextlib
 import logging
 import re
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarking import row, seconds
 from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -141,15 +141,10 @@ class Probe:
         for one in (model, reference):
             self.draw(one)  # first calls allocate and pack
         for _ in range(rounds):
-            own, other = (self.timed(one) for one in (model, reference))
+            own, other = (seconds(lambda one=one: self.draw(one)) for one in (model, reference))
             times.append(own)
             ratios.append(own / other)
         return statistics.median(times), statistics.median(ratios)
-
-    def timed(self, model: Any) -> float:
-        start = time.perf_counter()
-        self.draw(model)
-        return time.perf_counter() - start
 
 
 def emoji_accuracy(model: Any, processor: Any, count: int, font: str | None) -> str:
@@ -164,11 +159,6 @@ def emoji_accuracy(model: Any, processor: Any, count: int, font: str | None) -> 
         targets, prompts = emoji.prompts(held_out=held_out, count=count)
         shares.append(accuracy(draw(model, processor, prompts), targets, emoji.font))
     return " / ".join(f"{share:.1%}" for share in shares)
-
-
-def row(*cells: Any) -> None:
-    """Prints one line of a table."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def kinds_table(folder: str, probe: Probe, full: int) -> None:
@@ -223,13 +213,13 @@ def choices_table(
     for choice in choices:
         model = reference if choice.name == "float32" else choice.load(folder)
         size = size_of(model)
-        seconds, ratio = probe.seconds(model, reference, arguments.rounds)
+        taken, ratio = probe.seconds(model, reference, arguments.rounds)
         mean, smallest = probe.compare(model)
         cells = [
             choice.name,
             f"{size / 1e6:.1f} MB",
             f"{size / full:.2f}",
-            f"{seconds:.2f} s",
+            f"{taken:.2f} s",
             f"{ratio:.2f}",
         ]
         cells += [f"{mean:.5f}", f"{smallest:.4f}"]

@@ -120,9 +120,9 @@ class VarLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), attention_mask, past_key_values
         )
-        hidden_states = hidden_states + self.drop_path(attended * gate_attn)
+        hidden_states = torch.addcmul(hidden_states, self.drop_path(attended), gate_attn)
         transformed = self.mlp(modulated_norm(hidden_states, scale_mlp, shift_mlp, self.eps))
-        return hidden_states + self.drop_path(transformed * gate_mlp)
+        return torch.addcmul(hidden_states, self.drop_path(transformed), gate_mlp)
 
 
 def remembered(cache: Cache | None, key: Any, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,117 @@
+"""The benchmarks of speed, at the smallest size that their models allow, without the authors' code."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ("benchmarking", "benchmark_var", "benchmark_llamagen")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import benchmark_llamagen
+        import benchmark_var
+        import benchmarking
+
+        yield SimpleNamespace(common=benchmarking, var=benchmark_var, llamagen=benchmark_llamagen)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def own_switches():
+    """Threads and gradients, which the scripts set for the whole process."""
+    threads, has_gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(has_gradients)
+
+
+def tiny(scripts, monkeypatch, name: str, *more: str) -> None:
+    """Runs a script in this process, but for the processes that it starts itself."""
+    script = SCRIPTS / f"benchmark_{name}.py"
+    arguments = [
+        "--rounds",
+        "1",
+        "--batch",
+        "1",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *more,
+    ]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    rates = scripts.common.Rates({torch.float32: 1e11}, 1e10, 1e10)
+    monkeypatch.setattr(scripts.common.Rates, "measure", lambda *args: rates)
+    getattr(scripts, name).main()
+
+
+def cells(text: str, first: str) -> list[list[str]]:
+    """The rows of all tables that begin with this cell."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    return [row for row in rows if row[0] == first]
+
+
+def number(cell: str) -> float:
+    return float(cell.split()[0].rstrip("%"))
+
+
+def test_var(scripts, monkeypatch, capfd):
+    tiny(scripts, monkeypatch, "var", "--depth", "1", "--base-channels", "32")
+    peak, timed, kinds = cells(capfd.readouterr().out, "ours, float32")
+    assert peak[1] == "1" and number(peak[2]) > 0.1 and peak[3] == "1.00"
+    total, *parts = map(number, [timed[1], *timed[3:6]])
+    assert timed[2] == "1.00" and abs(sum(parts) - total) < 0.02
+    assert len(kinds) == 7 and number(kinds[3]) > 0
+
+
+def test_llamagen(scripts, monkeypatch, capfd, tmp_path):
+    more = ("--layers", "1", "--no-memory", "--no-kinds", "--folder", str(tmp_path))
+    tiny(scripts, monkeypatch, "llamagen", *more)
+    timed, step = cells(capfd.readouterr().out, "ours, float32")
+    total, *parts = map(number, [timed[1], *timed[3:6]])
+    assert abs(sum(parts) - total) < 0.02
+    weights = 4 * (4 * 768**2 + 3 * 768 * 2048 + 3 * 768 + 768 * 16384)  # what one layer and the head hold
+    assert step[2] == f"{weights / 1e6:.0f} MB"
+    assert 0 < number(step[4]) <= number(step[5])
+
+
+def test_operations_are_counted_by_part_and_kind(scripts):
+    linear = torch.nn.Linear(8, 16)
+
+    class Model:
+        def inner(self):
+            return linear(torch.ones(4, 8))
+
+        def draw(self, labels, seed):
+            query = torch.ones(1, 1, 4, 8)
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            return self.inner()
+
+    model = Model()
+    side = scripts.common.Side("one", torch.float32, model.draw, {"inner": [(model, "inner")]})
+    with torch.no_grad():
+        parts, kinds = scripts.common.count_operations(side, torch.arange(1))
+    product, attention = 2 * 4 * 8 * 16, 2 * 2 * 4 * 4 * 8
+    assert parts == {"inner": product, scripts.common.REST: attention}
+    assert kinds == {"matrix products": product, "attention": attention}
+    assert "inner" not in vars(model)  # the method is its own again
+
+
+def test_ratios_are_those_within_a_round(scripts):
+    one = scripts.common.Timing(total=[1.0, 10.0, 2.0])
+    other = scripts.common.Timing(total=[2.0, 20.0, 2.0])
+    assert one.over(other) == 0.5
