@@ -10,6 +10,7 @@ from hf_argen import (
     AutoModelForImageGeneration,
     CollaborativeNextScale,
     Decoding,
+    LlamaGenForImageGeneration,
     MultiScaleVQModel,
     NextScale,
     VarConfig,
@@ -19,7 +20,7 @@ from hf_argen import (
     convert_original,
     generate,
 )
-from hf_argen.training import training_arguments
+from hf_argen.training import EpochCallback, TokenDataset, training_arguments
 
 
 def convert() -> None:
@@ -48,3 +49,12 @@ def tokenize(tokenizer: MultiScaleVQModel, pixels: torch.Tensor) -> torch.Tensor
 
 def train() -> TrainingArguments:
     return training_arguments("runs/var", from_pixels=True, max_steps=100)
+
+
+def train_from_tokens(model: LlamaGenForImageGeneration) -> EpochCallback:
+    rows = TokenDataset("tokens", seed=1)
+    rows.check_fits(model)
+    assert rows[0]["input_ids"].shape == rows[0]["labels"].shape
+    names: list[str] | None = rows.class_names
+    assert names is None or len(names) <= len(rows)
+    return EpochCallback(rows)
