@@ -155,7 +155,6 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         return
     loaded = [load(folder) for _, load in found]
     rates = benchmarking.Rates.measure("cpu", sorted({side.dtype for side in loaded}, key=str))
-    rates.report()
     for batch in options.batch:
         labels = torch.arange(batch)
         benchmarking.report(f"LlamaGen-{options.model}", loaded, labels, rates, options)

@@ -145,7 +145,6 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         return
     loaded = [load(folder) for _, load in found]
     rates = benchmarking.Rates.measure(options.device, sorted({side.dtype for side in loaded}, key=str))
-    rates.report()
     for batch in options.batch:
         labels = torch.arange(batch, device=options.device) % 1000
         benchmarking.report(f"VAR-d{options.depth}", loaded, labels, rates, options)
