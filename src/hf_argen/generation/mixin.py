@@ -159,6 +159,7 @@ class ImageGenerationMixin(GenerationMixin):
                 wants_details=bool(config.return_dict_in_generate),
             )
         )
+        del predictor  # its cache is large, and pictures are decoded now
         if streamer is not None:
             streamer.end()
         self._check_finite(result)

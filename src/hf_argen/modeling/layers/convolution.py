@@ -49,8 +49,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = hidden_states
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        hidden_states = self.conv2(self.dropout(F.silu(self.norm2(hidden_states))))
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states), inplace=True))
+        hidden_states = self.conv2(self.dropout(F.silu(self.norm2(hidden_states), inplace=True)))
         return self.shortcut(hidden_states if self.drops_input else residual) + hidden_states
 
 
@@ -204,7 +204,7 @@ class ConvEncoder(nn.Module):
             if hasattr(level, "downsample"):
                 hidden_states = level.downsample(hidden_states)
         hidden_states = self.mid_block(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return self.conv_out(F.silu(self.norm_out(hidden_states), inplace=True))
 
 
 class ConvDecoder(nn.Module):
@@ -249,4 +249,4 @@ class ConvDecoder(nn.Module):
             hidden_states = level(hidden_states)
             if hasattr(level, "upsample"):
                 hidden_states = level.upsample(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return self.conv_out(F.silu(self.norm_out(hidden_states), inplace=True))
