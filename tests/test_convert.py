@@ -283,7 +283,7 @@ def refuses(files, match, config=GROUPS, family="var"):
 def test_unknown_family_and_preset(files):
     refuses(
         files,
-        r"Unknown family 'vra' \(did you mean 'var'\?\); there are multiscale_vq, var, code",
+        r"Unknown family 'vra' \(did you mean 'var' or 'rar'\?\); there are multiscale_vq, var, code",
         family="vra",
     )
     refuses("var-d17", "var has no preset 'var-d17' .*var-d16", config=None)

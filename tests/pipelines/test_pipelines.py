@@ -107,8 +107,8 @@ def test_generators(draw_text):
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
     by_generator = draw_text(["red apple"] * 3, generator=generators, do_sample=True, batch_size=2)
     by_seed = draw_text("red apple", num_images_per_prompt=3, **SAMPLED)
-    for a, b in zip(by_generator, by_seed, strict=True):
-        assert np.array_equal(pixels(a), pixels(b))
+    for a, b in zip(by_generator, by_seed, strict=True):  # convolutions round differently in another batch
+        assert np.abs(pixels(a).astype(int) - pixels(b).astype(int)).max() <= 1
     first = draw_text("red apple", generator=torch.Generator().manual_seed(9), do_sample=True)
     again = draw_text("red apple", generator=torch.Generator().manual_seed(9), do_sample=True)
     assert np.array_equal(pixels(first), pixels(again))
