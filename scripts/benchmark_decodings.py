@@ -17,20 +17,21 @@ JSON: '{"type": "speculative_jacobi", "window": 32}'.
 
 import argparse
 import json
-import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarking import seconds
 from tqdm import tqdm
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TopPLogitsWarper
 
 from hf_argen import AutoModelForImageGeneration, Decoding, compatible_decodings
 from hf_argen.data.emoji import EmojiSet, accuracy
+from hf_argen.storage import write_whole
 
 PLAIN = {"type": "next_token"}
 STANDARD: tuple[dict[str, Any], ...] = (
@@ -180,26 +181,16 @@ class Bench:
         for pair in range(self.options.pairs):
             chunk = prompts[pair * batch_size : (pair + 1) * batch_size]
             order = (plain, decoding) if pair % 2 == 0 else (decoding, plain)
-            seconds = {id(one): self._timed(one, chunk, pair) for one in order}
-            ratios.append(seconds[id(plain)] / seconds[id(decoding)])
+            spent = {id(one): seconds(partial(self.draw, one, chunk, pair)) for one in order}
+            ratios.append(spent[id(plain)] / spent[id(decoding)])
         return statistics.median(ratios)
-
-    def _timed(self, decoding: Decoding, prompts: list[str], seed: int) -> float:
-        begin = time.perf_counter()
-        self.draw(decoding, prompts, seed)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
 
 def nucleus(logits: torch.Tensor, top_p: float | None) -> torch.Tensor:
     """Logits with those outside the nucleus at minus infinity."""
     if not top_p or top_p >= 1:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probs = ordered.softmax(dim=-1)
-    outside = probs.cumsum(dim=-1) - probs >= top_p
-    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return TopPLogitsWarper(top_p)(None, logits.reshape(-1, logits.shape[-1])).view_as(logits)
 
 
 class Store:
@@ -221,10 +212,8 @@ class Store:
 
     def save(self) -> None:
         """Writes what is known."""
-        partial = self.path.with_suffix(".partial")
         text = json.dumps({"entropy": self.entropy, "rows": [asdict(row) for row in self.rows]}, indent=1)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def measure(bench: Bench, store: Store, decodings: Sequence[dict[str, Any]]) -> None:

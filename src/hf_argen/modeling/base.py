@@ -140,6 +140,26 @@ class ImageModelMixin:
             pictures[:, :, : rows * factor] = pixels.float().add(1).mul(0.5)
         return pictures
 
+    def ids_and_labels(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        return_loss: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The ids of the teacher-forced pass and its labels, from ids or from pictures, whose tokens are their own labels.
+
+        Raises:
+            ValueError: neither or both are given.
+        """
+        if (input_ids is None) == (pixel_values is None):
+            raise ValueError("Give either input_ids or pixel_values.")
+        if pixel_values is not None:
+            input_ids = self.encode_images(pixel_values)
+            labels = input_ids if labels is None and return_loss else labels
+        return input_ids, labels
+
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pictures (batch, channels, height, width) in [-1, 1] to tokens."""

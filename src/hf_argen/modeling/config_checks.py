@@ -21,6 +21,16 @@ def check_shares(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"{name} is {value!r}; it must lie in [0, 1].")
 
 
+def check_norm_groups(config: Any, multipliers: Iterable[int]) -> None:
+    """Refuses levels, `base_channels` times each multiplier wide, that `norm_num_groups` does not divide."""
+    for multiplier in multipliers:
+        if (config.base_channels * multiplier) % config.norm_num_groups:
+            raise ValueError(
+                f"norm_num_groups={config.norm_num_groups} does not divide the width "
+                f"{config.base_channels * multiplier} (base_channels={config.base_channels} times {multiplier})."
+            )
+
+
 def complete_condition(config: Any) -> None:
     """
     Checks `condition_type` of a configuration, and takes `text_embed_dim` from its text encoder where it is not given.

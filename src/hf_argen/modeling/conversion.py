@@ -91,6 +91,15 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_codes(transformer: int, tokenizer: int) -> None:
+    """Refuses a tokenizer with another number of codes than the transformer was trained on."""
+    if tokenizer != transformer:
+        raise ConversionError(
+            f"The transformer was trained on {transformer} codes, but the tokenizer has {tokenizer}; give the tokenizer "
+            "that belongs to it."
+        )
+
+
 def shape_of(state_dict: Mapping[str, torch.Tensor], key: str, role: str, ndim: int) -> tuple[int, ...]:
     """The shape of one of the authors' tensors, from which a configuration is inferred."""
     if key not in state_dict:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -31,6 +32,46 @@ def eager_attention_forward(
 def attention_function(implementation: str) -> Callable:
     """The function behind `config._attn_implementation`; returns outputs as (batch, length, heads, head_dim)."""
     return eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+class HeadedAttention(nn.Module):
+    """
+    What self-attention shares that projects to heads, changes queries and keys in its own way, and attends.
+
+    The module has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `dropout`, `head_dim`, `scaling`, `layer_idx`, and `config` with
+    `attention_dropout`.
+    """
+
+    def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            proj(hidden_states).view(shape).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Attention over these and the cached positions, projected, (batch, length, hidden_size)."""
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attended, _ = attention_function(self.config._attn_implementation)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        return self.dropout(self.o_proj(attended.flatten(2)))
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:

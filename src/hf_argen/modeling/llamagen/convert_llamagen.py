@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoints import ConversionError
-from ..conversion import ConversionPlan, Converter, OriginalArguments, shape_of
+from ..conversion import ConversionPlan, Converter, OriginalArguments, check_codes, shape_of
 from ..key_map import Drop, KeyMap, Rename, Split, StateDict, count
 from ..tokenizers.llamagen_vq.convert_llamagen_vq import (
     ANY_TOKENIZER,
@@ -170,11 +170,7 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
     if "tokenizer" in weights:
         tokenizer = tokenizer_config(weights["tokenizer"], original_config, fields["grid_size"])
         key_maps["tokenizer"] = key_map(level_count(weights["tokenizer"])).under("image_tokenizer.")
-        if tokenizer.codebook_size != fields["vocab_size"]:
-            raise ConversionError(
-                f"The transformer was trained on {fields['vocab_size']} codes, but the tokenizer has "
-                f"{tokenizer.codebook_size}; give the tokenizer that belongs to it."
-            )
+        check_codes(fields["vocab_size"], tokenizer.codebook_size)
     return ConversionPlan(
         model_class=LlamaGenForImageGeneration,
         config=LlamaGenConfig(image_tokenizer_config=tokenizer, **fields),

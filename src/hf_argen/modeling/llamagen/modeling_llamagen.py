@@ -17,7 +17,7 @@ from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_token import NextTokenPredictor, Prompt
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import attention_function, causal_mask
+from ..layers.attention import HeadedAttention, causal_mask
 from ..layers.drop_path import DropPath
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
@@ -45,7 +45,7 @@ class LlamaGenOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-class LlamaGenAttention(nn.Module):
+class LlamaGenAttention(HeadedAttention):
     """Multi-head self-attention with rotary embedding."""
 
     def __init__(self, config: LlamaGenConfig, layer_idx: int):
@@ -68,24 +68,9 @@ class LlamaGenAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> torch.Tensor:
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            proj(hidden_states).view(heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.heads(hidden_states)
         query, key = rotate_pairs(query, *rotation), rotate_pairs(key, *rotation)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attended, _ = attention_function(self.config._attn_implementation)(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
-        return self.dropout(self.o_proj(attended.flatten(2)))
+        return self.attend(query, key, value, attention_mask, past_key_values)
 
 
 class LlamaGenLayer(GradientCheckpointingLayer):
@@ -432,11 +417,7 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
         Raises:
             ValueError: neither or both of ids and pixels, a condition that is missing, a shape that does not fit.
         """
-        if (input_ids is None) == (pixel_values is None):
-            raise ValueError("Give either input_ids or pixel_values.")
-        if pixel_values is not None:
-            input_ids = self.encode_images(pixel_values)
-            labels = input_ids if labels is None and return_loss else labels
+        input_ids, labels = self.ids_and_labels(input_ids, pixel_values, labels, return_loss)
         if input_ids.ndim != 2 or not 1 <= input_ids.shape[1] <= self.config.num_image_tokens:
             raise ValueError(
                 f"input_ids have the shape {tuple(input_ids.shape)}; pictures of this model have "

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoints import ConversionError
-from ..conversion import ConversionPlan, Converter, OriginalArguments, shape_of
+from ..conversion import ConversionPlan, Converter, OriginalArguments, check_codes, shape_of
 from ..key_map import KeyMap, Rename, Reshape, Rows, Split, StateDict, count
 from ..tokenizers.maskgit_vq.convert_maskgit_vq import TOKENIZER, tokenizer_config
 from ..tokenizers.maskgit_vq.convert_maskgit_vq import plan as plan_tokenizer
@@ -163,11 +163,7 @@ def _plan(weights: dict[str, StateDict], original_config: Mapping[str, Mapping[s
     if "tokenizer" in weights:
         tokenizer = tokenizer_config(weights["tokenizer"], original_config, fields["grid_size"])
         key_maps["tokenizer"] = TOKENIZER.under("image_tokenizer.")
-        if tokenizer.codebook_size != fields["vocab_size"]:
-            raise ConversionError(
-                f"The transformer was trained on {fields['vocab_size']} codes, but the tokenizer has "
-                f"{tokenizer.codebook_size}; give the tokenizer that belongs to it."
-            )
+        check_codes(fields["vocab_size"], tokenizer.codebook_size)
     return ConversionPlan(
         model_class=RarForImageGeneration,
         config=RarConfig(image_tokenizer_config=tokenizer, **fields),

@@ -18,7 +18,7 @@ from ...generation.predictors.next_token import NextTokenPredictor, Prompt
 from ...generation.sampling import Generators
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import attention_function, causal_mask
+from ..layers.attention import HeadedAttention, causal_mask
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput
 from ..tokenizers.configuration_grid import check_same_tokens
@@ -48,7 +48,7 @@ class RarOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-class RarAttention(nn.Module):
+class RarAttention(HeadedAttention):
     """Multi-head self-attention with a layer norm on every query and key."""
 
     def __init__(self, config: RarConfig, layer_idx: int):
@@ -69,24 +69,9 @@ class RarAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            proj(hidden_states).view(heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.heads(hidden_states)
         query, key = self.q_norm(query), self.k_norm(key)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attended, _ = attention_function(self.config._attn_implementation)(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
-        return self.dropout(self.o_proj(attended.flatten(2)))
+        return self.attend(query, key, value, attention_mask, past_key_values)
 
 
 class RarLayer(GradientCheckpointingLayer):
@@ -364,11 +349,7 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
         Raises:
             ValueError: neither or both of ids and pixels, a condition that is missing, a shape that does not fit.
         """
-        if (input_ids is None) == (pixel_values is None):
-            raise ValueError("Give either input_ids or pixel_values.")
-        if pixel_values is not None:
-            input_ids = self.encode_images(pixel_values)
-            labels = input_ids if labels is None and return_loss else labels
+        input_ids, labels = self.ids_and_labels(input_ids, pixel_values, labels, return_loss)
         self._check_ids(input_ids, labels, orders)
         drop = self.draw_dropped_conditions(len(input_ids), input_ids.device) if self.training else None
         condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)

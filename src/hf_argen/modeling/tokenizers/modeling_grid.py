@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from ..layers.codebook import Codebook
 from ..loading import StrictPreTrainedModel
 from .configuration_grid import GridSize, as_sides
+from .pixel_checks import PixelChecks
 
 
 @dataclass
@@ -37,7 +38,7 @@ class GridTokenizerOutput(ModelOutput):
     quantization_loss: torch.FloatTensor | None = None
 
 
-class GridTokenizerModel(StrictPreTrainedModel):
+class GridTokenizerModel(PixelChecks, StrictPreTrainedModel):
     """
     Base of tokenizers with `encode_latents` and `decode_latents`, in which each cell of the latent map is one token.
 
@@ -166,23 +167,6 @@ class GridTokenizerModel(StrictPreTrainedModel):
         raise NotImplementedError(
             f"{type(self).__name__} has to say how it weighs the losses of its codebook."
         )
-
-    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"pixel_values have the shape {tuple(pixel_values.shape)}; expected (batch, "
-                f"{self.config.in_channels}, height, width)."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype}; give floating point numbers in [-1, 1]."
-            )
-        factor = self.config.downsampling_factor
-        if any(side == 0 or side % factor for side in pixel_values.shape[-2:]):
-            raise ValueError(
-                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; both sides must be "
-                f"multiples of {factor}."
-            )
 
     def _check_size(self, pixel_values: torch.Tensor, grid_size: GridSize | None) -> None:
         grid = self.config.grid_size if grid_size is None else grid_size

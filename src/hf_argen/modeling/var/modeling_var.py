@@ -17,7 +17,7 @@ from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_scale import NextScalePredictor
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import attention_function, block_causal_mask, block_index, local_part
+from ..layers.attention import HeadedAttention, block_causal_mask, block_index, local_part
 from ..layers.drop_path import DropPath
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, AdaLNTable, modulated_norm
@@ -44,7 +44,7 @@ class VarOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-class VarAttention(nn.Module):
+class VarAttention(HeadedAttention):
     """Multi-head self-attention; with `use_qk_norm`, cosine similarities times a learned factor per head."""
 
     MAX_LOGIT_SCALE = math.log(100)
@@ -67,28 +67,13 @@ class VarAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            proj(hidden_states).view(heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.heads(hidden_states)
         if self.config.use_qk_norm:
             scale = local_part(self.logit_scale)
             factor = scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
             query = F.normalize(query, dim=-1) * factor
             key = F.normalize(key, dim=-1)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attended, _ = attention_function(self.config._attn_implementation)(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
-        return self.dropout(self.o_proj(attended.flatten(2)))
+        return self.attend(query, key, value, attention_mask, past_key_values)
 
 
 class VarLayer(GradientCheckpointingLayer):
@@ -349,11 +334,7 @@ class VarForImageGeneration(ImageModelMixin, VectorConditionMixin, VarPreTrained
         Raises:
             ValueError: neither or both of ids and pixels, a condition that is missing, a shape that does not fit.
         """
-        if (input_ids is None) == (pixel_values is None):
-            raise ValueError("Give either input_ids or pixel_values.")
-        if pixel_values is not None:
-            input_ids = self.encode_images(pixel_values)
-            labels = input_ids if labels is None and return_loss else labels
+        input_ids, labels = self.ids_and_labels(input_ids, pixel_values, labels, return_loss)
         drop = self._draw_dropped_conditions(input_ids.shape[0], input_ids.device)
         condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
         if condition.shape[0] != input_ids.shape[0]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ...config_checks import check_positive, check_shares
+from ...config_checks import check_norm_groups, check_positive, check_shares
 from ..configuration_grid import GridTokenizerConfigMixin, normalize_grid
 
 
@@ -68,10 +68,5 @@ class LlamaGenVQConfig(GridTokenizerConfigMixin, PreTrainedConfig):
                 f"channel_multiplier has {len(self.channel_multiplier)} levels and decoder_channel_multiplier "
                 f"{len(self.decoder_channel_multiplier)}; they must be as many."
             )
-        for multiplier in self.channel_multiplier + self.decoder_channel_multiplier:
-            if (self.base_channels * multiplier) % self.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups={self.norm_num_groups} does not divide the width "
-                    f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
-                )
+        check_norm_groups(self, self.channel_multiplier + self.decoder_channel_multiplier)
         super().__post_init__(**kwargs)

@@ -58,7 +58,7 @@ class LlamaGenVQModel(GridTokenizerModel):
 
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, H, W) in [-1, 1] to latents (batch, codebook_dim, h, w) before quantization."""
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         return self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype)))
 
     def decode_latents(self, codes: torch.Tensor) -> torch.Tensor:

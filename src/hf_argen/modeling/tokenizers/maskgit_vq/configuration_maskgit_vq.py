@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ...config_checks import check_positive, check_shares
+from ...config_checks import check_norm_groups, check_positive, check_shares
 from ..configuration_grid import GridTokenizerConfigMixin, normalize_grid
 
 
@@ -48,10 +48,5 @@ class MaskGitVQConfig(GridTokenizerConfigMixin, PreTrainedConfig):
         sizes = ("codebook_size", "codebook_dim", "base_channels", "num_res_blocks", "in_channels")
         check_positive(self, (*sizes, "norm_num_groups"))
         check_shares(self, ("dropout",))
-        for multiplier in self.channel_multiplier:
-            if (self.base_channels * multiplier) % self.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups={self.norm_num_groups} does not divide the width "
-                    f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
-                )
+        check_norm_groups(self, self.channel_multiplier)
         super().__post_init__(**kwargs)

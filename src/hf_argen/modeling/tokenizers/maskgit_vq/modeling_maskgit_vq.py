@@ -37,7 +37,7 @@ class MaskGitVQModel(GridTokenizerModel):
 
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, H, W) in [-1, 1] to latents (batch, codebook_dim, h, w) before quantization."""
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         pixels = pixel_values.add(1).mul(0.5)  # the network was trained on [0, 1]
         return self.encoder(pixels.to(self.encoder.conv_in.weight.dtype))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ...config_checks import check_positive, check_shares
+from ...config_checks import check_norm_groups, check_positive, check_shares
 
 
 class MultiScaleVQConfig(PreTrainedConfig):
@@ -70,12 +70,7 @@ class MultiScaleVQConfig(PreTrainedConfig):
             raise ValueError(f"quant_conv_kernel_size is {self.quant_conv_kernel_size}; it must be odd.")
         if self.num_residual_convs < 0:
             raise ValueError(f"num_residual_convs is {self.num_residual_convs}; it must be 0 or above.")
-        for multiplier in self.channel_multiplier:
-            if (self.base_channels * multiplier) % self.norm_num_groups:
-                raise ValueError(
-                    f"norm_num_groups={self.norm_num_groups} does not divide the width "
-                    f"{self.base_channels * multiplier} (base_channels={self.base_channels} times {multiplier})."
-                )
+        check_norm_groups(self, self.channel_multiplier)
         super().__post_init__(**kwargs)
 
     @property

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from ...layers.convolution import ConvDecoder, ConvEncoder
 from ...loading import StrictPreTrainedModel
+from ..pixel_checks import PixelChecks
 from .configuration_multiscale_vq import MultiScaleVQConfig, grid_sizes
 from .quantizer import MultiScaleQuantizer, ResidualConv
 
@@ -33,7 +34,7 @@ class MultiScaleVQOutput(ModelOutput):
     quantization_loss: torch.FloatTensor | None = None
 
 
-class MultiScaleVQModel(StrictPreTrainedModel):
+class MultiScaleVQModel(PixelChecks, StrictPreTrainedModel):
     """
     The visual tokenizer of VAR (arXiv 2404.02905).
 
@@ -89,7 +90,7 @@ class MultiScaleVQModel(StrictPreTrainedModel):
 
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, channels, H, W) in [-1, 1] to the latent map (batch, latent_channels, h, w) before quantization."""
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         patches = F.pixel_unshuffle(pixel_values, self.config.patch_size)
         return self.quant_conv(self.encoder(patches.to(self.encoder.conv_in.weight.dtype)))
 
@@ -191,23 +192,6 @@ class MultiScaleVQModel(StrictPreTrainedModel):
 
     def _grids(self, patch_nums: list | None) -> list[tuple[int, int]]:
         return self.config.grid_sizes if patch_nums is None else grid_sizes(patch_nums)
-
-    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"pixel_values have the shape {tuple(pixel_values.shape)}; expected (batch, "
-                f"{self.config.in_channels}, height, width)."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype}; give floating point numbers in [-1, 1]."
-            )
-        factor = self.config.downsampling_factor
-        if any(side == 0 or side % factor for side in pixel_values.shape[-2:]):
-            raise ValueError(
-                f"pixel_values are {pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels; both sides must be "
-                f"multiples of {factor}."
-            )
 
     def _check_size(self, pixel_values: torch.Tensor, grids: list[tuple[int, int]]) -> None:
         factor = self.config.downsampling_factor
