@@ -259,15 +259,23 @@ def train_generator(
     options: argparse.Namespace,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    corruption: float = 0.0,
 ) -> PreTrainedModel:
-    """The second stage: a text-conditional model on the ids of its frozen tokenizer, in `folder`."""
+    """
+    The second stage: a text-conditional model on the ids of its frozen tokenizer, in `folder`.
+
+    Args:
+        corruption: largest share of the tokens of a picture that are read as random ones, drawn anew for each picture. A
+            model that may trust every token soon knows its few pictures by their first ones, and stops reading the caption.
+    """
     tokenizer = model.image_tokenizer.eval()
     with torch.no_grad():
         ids = torch.cat([tokenizer.encode(batch) for batch in emoji.pixel_values().split(128)])
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         codes = torch.stack([row["input_ids"] for row in rows])
-        return {"input_ids": codes, "labels": codes, **processor([row["caption"] for row in rows])}
+        read = corrupt(codes, tokenizer.config.codebook_size, corruption) if corruption else codes
+        return {"input_ids": read, "labels": codes, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
         model.eval()
@@ -288,6 +296,12 @@ def train_generator(
     )
     run(trainer, folder)
     return model.eval()
+
+
+def corrupt(ids: torch.Tensor, vocab_size: int, most: float) -> torch.Tensor:
+    """Ids (batch, tokens) of which a share of up to `most`, another one in every row, is replaced by random ids."""
+    share = most * torch.rand(len(ids), 1)
+    return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
 def parser(description: str, output: Path) -> argparse.ArgumentParser:

@@ -89,6 +89,7 @@ RAR = {
     "text_embed_dim": 128,
 }
 ANNEALING = (0.25, 0.5)  # of the training; the paper's half and three quarters suit a longer one
+CORRUPTION = 0.6
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -200,7 +201,7 @@ def train(
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
-    train_generator(model, processor, emoji, stage, options, folder, callbacks)
+    train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION)
     return model, processor
 
 

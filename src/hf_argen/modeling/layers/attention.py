@@ -42,6 +42,8 @@ class HeadedAttention(nn.Module):
     `attention_dropout`.
     """
 
+    num_key_value_groups = 1  # transformers asks for it, and takes its time where it is missing
+
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
@@ -71,7 +73,8 @@ class HeadedAttention(nn.Module):
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
-        return self.dropout(self.o_proj(attended.flatten(2)))
+        output = self.o_proj(attended.flatten(2))
+        return self.dropout(output) if self.training else output  # at one token a step, calls of modules count
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,10 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.inner_dropout(self.act(self.fc1(hidden_states)))
-        return self.dropout(self.fc2(inner))
+        inner = self.act(self.fc1(hidden_states))
+        if not self.training:
+            return self.fc2(inner)
+        return self.dropout(self.fc2(self.inner_dropout(inner)))
 
 
 class GatedMLP(nn.Module):
@@ -47,4 +49,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gated = self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.dropout(self.down_proj(gated))
+        output = self.down_proj(gated)
+        return self.dropout(output) if self.training else output

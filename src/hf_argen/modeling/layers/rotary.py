@@ -31,7 +31,7 @@ def rotary_2d(
 
 
 def rotate_pairs(states: torch.Tensor, kept: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs of adjacent channels of (rows, heads, n, head_dim), in float32."""
-    pairs = states.float().unflatten(-1, (-1, 2))
+    """Turns the pairs of adjacent channels of (..., rows, heads, n, head_dim), in float32."""
+    pairs = states.float().view(*states.shape[:-1], -1, 2)
     # (even, odd) * cos + (odd, even) * (-sin, sin)
     return torch.addcmul(pairs * kept, pairs.flip(-1), turned).flatten(-2).to(states.dtype)

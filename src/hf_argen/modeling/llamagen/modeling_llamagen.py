@@ -69,7 +69,7 @@ class LlamaGenAttention(HeadedAttention):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        query, key = rotate_pairs(query, *rotation), rotate_pairs(key, *rotation)
+        query, key = rotate_pairs(torch.stack((query, key)), *rotation).unbind()
         return self.attend(query, key, value, attention_mask, past_key_values)
 
 
@@ -97,9 +97,13 @@ class LlamaGenLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             self.input_layernorm(hidden_states), rotation, attention_mask, past_key_values
         )
-        hidden_states = hidden_states + self.drop_path(attended)
+        if self.training:
+            attended = self.drop_path(attended)
+        hidden_states = hidden_states + attended
         transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.drop_path(transformed)
+        if self.training:
+            transformed = self.drop_path(transformed)
+        return hidden_states + transformed
 
 
 class CaptionProjection(nn.Module):
