@@ -131,11 +131,14 @@ class Transcript:
         """
         scores = logits
         for is_free, group in groupby(self.logits_processor, key=lambda one: type(one) in CONTEXT_FREE):
-            processors = LogitsProcessorList(group)
             if is_free:
                 empty = self.prompt.new_zeros(scores.shape[0] * scores.shape[1], 0)
-                scores = processors(empty, scores.reshape(-1, scores.shape[-1])).view(scores.shape)
+                rows = scores.reshape(-1, scores.shape[-1])
+                for processor in group:  # not as a list of transformers, which reads their signatures every time
+                    rows = processor(empty, rows)
+                scores = rows.view(scores.shape)
             else:
+                processors = LogitsProcessorList(group)
                 places = range(scores.shape[1])
                 columns = [self._in_context(processors, scores[:, i], drafts, skip + i) for i in places]
                 scores = torch.stack(columns, dim=1)

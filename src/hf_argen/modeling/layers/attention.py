@@ -47,11 +47,12 @@ class HeadedAttention(nn.Module):
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = (
-            proj(hidden_states).view(shape).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        return (
+            query.view(shape).transpose(1, 2),
+            key.view(shape).transpose(1, 2),
+            value.view(shape).transpose(1, 2),
         )
-        return query, key, value
 
     def attend(
         self,

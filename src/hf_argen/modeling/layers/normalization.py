@@ -1,7 +1,6 @@
 """Norms."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -14,5 +13,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
-        return normed.to(hidden_states.dtype) * self.weight
+        normed = torch.rms_norm(hidden_states, self.weight.shape, None, self.eps)  # computes in float32
+        return normed * self.weight
