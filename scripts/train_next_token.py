@@ -24,6 +24,7 @@ from emoji_training import (
     DATA,
     MAX_PROMPT_TOKENS,
     SIZE,
+    Corruption,
     Stage,
     parser,
     prompt_processor,
@@ -88,8 +89,8 @@ RAR = {
     "attention_dropout": 0.0,
     "text_embed_dim": 128,
 }
-ANNEALING = (0.25, 0.5)  # of the training; the paper's half and three quarters suit a longer one
-CORRUPTION = 0.6
+ANNEALING = (0.125, 0.25)  # of the training; the paper's half and three quarters suit a longer one
+CORRUPTION = Corruption(most=0.6, until=0.4, blind=0.125)
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -104,11 +105,11 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=22, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=48, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
-    "rar": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "rar": Stage(epochs=48, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
 }
 
 
