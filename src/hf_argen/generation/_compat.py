@@ -261,6 +261,11 @@ def why_not_decodable(model: PreTrainedModel) -> str | None:
     return None
 
 
+def why_not_drafting(model: PreTrainedModel) -> str | None:
+    """What keeps a model, of ours or of transformers, from drafting for another; `None` if nothing does."""
+    return None if hasattr(model, "predictor_class") else why_not_decodable(model)
+
+
 def why_no_own_masks(model: PreTrainedModel) -> str | None:
     """What keeps a language model from being fed with attention masks of ours; `None` if nothing does."""
     implementation = text_config(model)._attn_implementation
