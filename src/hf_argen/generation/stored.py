@@ -85,7 +85,9 @@ class Part(Stored):
         def below(parent: type[Self]) -> list[type[Self]]:
             return [one for child in parent.__subclasses__() for one in (child, *below(child))]
 
-        offered = [one for one in below(cls) if one.is_offered and not getattr(one, "__abstractmethods__", None)]
+        offered = [
+            one for one in below(cls) if one.is_offered and not getattr(one, "__abstractmethods__", None)
+        ]
         return {one.type_name(): one for one in offered}
 
     @classmethod

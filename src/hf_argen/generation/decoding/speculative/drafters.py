@@ -129,7 +129,9 @@ class ModelDrafting(Drafting):
 
     def __init__(self, predictor: NextTokenPredictor):
         self.predictor = predictor
-        self._new: torch.Tensor | None = None  # (batch, n) tokens that it has not read yet, and how many in each row
+        self._new: torch.Tensor | None = (
+            None  # (batch, n) tokens that it has not read yet, and how many in each row
+        )
         self._counts: list[int] = []
 
     @property

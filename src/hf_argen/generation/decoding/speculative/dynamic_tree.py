@@ -32,7 +32,9 @@ class DynamicTree(Tree):
                 "least 2."
             )
         if self.depth < 0:
-            raise ValueError(f"depth of DynamicTree is {self.depth}; it must be at least 0, which is one level.")
+            raise ValueError(
+                f"depth of DynamicTree is {self.depth}; it must be at least 0, which is one level."
+            )
 
     @property
     def most_drafts(self) -> int:
@@ -54,7 +56,9 @@ class DynamicTree(Tree):
         beam_tokens, beam_scores = best.indices, best.values
         beams = torch.arange(k, device=logits.device).expand(len(logits), -1)
         tokens, totals, parents = [beam_tokens], [beam_scores], [torch.full_like(beam_tokens, -1)]
-        came_from = torch.full_like(beam_tokens, -1)  # the parents of the beams among all drafts that were continued
+        came_from = torch.full_like(
+            beam_tokens, -1
+        )  # the parents of the beams among all drafts that were continued
         for level in range(min(self.depth, depth - 1)):
             logits = drafter.expand(beam_tokens, came_from)
             best = logits.log_softmax(dim=-1).topk(k, dim=-1)
@@ -75,7 +79,9 @@ class DynamicTree(Tree):
         kept = scores.topk(min(self.most_drafts, scores.shape[1]), dim=-1).indices.sort(dim=-1).values
         above = parents.gather(1, kept)
         place = torch.searchsorted(kept, above)
-        is_kept = kept.gather(1, place.clamp(max=kept.shape[1] - 1)) == above  # a tie may have cost it its place
+        is_kept = (
+            kept.gather(1, place.clamp(max=kept.shape[1] - 1)) == above
+        )  # a tie may have cost it its place
         return DraftTree(
             tokens.gather(1, kept),
             min(self.most_depth, depth),

@@ -79,5 +79,7 @@ class OptTree(Tree):
         parents = above.gather(1, kept) + (kept // width - 1) * width
         is_parent = parents.unsqueeze(-1) == kept.unsqueeze(1)
         place = is_parent.int().argmax(dim=-1)
-        parents = torch.where(is_parent.any(dim=-1), place, -1)  # -1 too where a tie has cost the parent its place
+        parents = torch.where(
+            is_parent.any(dim=-1), place, -1
+        )  # -1 too where a tie has cost the parent its place
         return DraftTree(tokens.gather(1, kept), depth, parents, branching=width)

@@ -9,7 +9,7 @@ from ...sampling import acceptance, one_hot
 from .acceptance import AcceptanceRule, Verdict, Walk
 from .draft_tree import DraftContext, DraftTree
 
-HALVINGS = 40
+HALVINGS = 30
 
 
 @dataclass

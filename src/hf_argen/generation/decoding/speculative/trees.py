@@ -47,7 +47,9 @@ def check_positive(owner: Tree, *names: str) -> None:
     """Refuses options that are below 1, a node budget of 0 for example."""
     for name in names:
         if getattr(owner, name) < 1:
-            raise ValueError(f"{name} of {type(owner).__name__} is {getattr(owner, name)}; it must be at least 1.")
+            raise ValueError(
+                f"{name} of {type(owner).__name__} is {getattr(owner, name)}; it must be at least 1."
+            )
 
 
 @dataclass
@@ -170,12 +172,16 @@ class IndependentSequences(Tree):
         device = levels[0].device
         table = torch.zeros(batch, len(levels) * k + 1, k, dtype=torch.long, device=device)
         alike = torch.ones(batch, k, k, dtype=torch.bool, device=device)
-        here = torch.zeros(batch, k, dtype=torch.long, device=device)  # the node that stands for each chain so far
+        here = torch.zeros(
+            batch, k, dtype=torch.long, device=device
+        )  # the node that stands for each chain so far
         for level, tokens in enumerate(levels):
             alike = alike & (tokens[:, :, None] == tokens[:, None, :])
             following = alike.int().argmax(dim=-1) + level * k + 1
-            nodes = torch.zeros(1, dtype=torch.long, device=device) if level == 0 else here.new_tensor(
-                range((level - 1) * k + 1, level * k + 1)
+            nodes = (
+                torch.zeros(1, dtype=torch.long, device=device)
+                if level == 0
+                else here.new_tensor(range((level - 1) * k + 1, level * k + 1))
             )
             is_here = here[:, None, :] == nodes[None, :, None]
             table[:, nodes] = torch.where(is_here, following[:, None, :], 0)
@@ -219,13 +225,22 @@ class StaticTree(Tree):
 
     def __post_init__(self) -> None:
         if not self.choices:
-            raise ValueError("StaticTree has no choices, so its node budget is 0; give at least one path, as [[0]].")
-        paths = {tuple(path) for path in (paths_of(self.choices) if isinstance(self.choices, str) else self.choices)}
+            raise ValueError(
+                "StaticTree has no choices, so its node budget is 0; give at least one path, as [[0]]."
+            )
+        paths = {
+            tuple(path)
+            for path in (paths_of(self.choices) if isinstance(self.choices, str) else self.choices)
+        }
         for path in paths:
             if path and path[:-1] and path[:-1] not in paths:
-                raise ValueError(f"StaticTree has the path {list(path)} but not {list(path[:-1])}, which it continues.")
+                raise ValueError(
+                    f"StaticTree has the path {list(path)} but not {list(path[:-1])}, which it continues."
+                )
             if not path or min(path) < 0:
-                raise ValueError(f"StaticTree has the path {list(path)}; a path is a list of ranks, 0 or above.")
+                raise ValueError(
+                    f"StaticTree has the path {list(path)}; a path is a list of ranks, 0 or above."
+                )
         self._paths = sorted(paths, key=lambda path: (len(path), path))
         self._plans: dict[tuple[int, int], _Plan] = {}
 
@@ -260,7 +275,9 @@ class StaticTree(Tree):
                 )
             )
             inner = [path for path in own if path in has_children]
-            fed.append(([own.index(path) for path in inner], [fed_number.get(path[:-1], -1) for path in inner]))
+            fed.append(
+                ([own.index(path) for path in inner], [fed_number.get(path[:-1], -1) for path in inner])
+            )
         return _Plan(
             [number[path[:-1]] for path in paths],
             levels,
