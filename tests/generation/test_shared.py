@@ -120,7 +120,7 @@ class TestRelaxedAcceptance(NextTokenModels, DecodingTests):
 class TestSpeculativeDecoding(NextTokenModels, DecodingTests):
     decoding_class = SpeculativeDecoding
     options = {
-        "drafter": {"type": "n_gram", "longest": 2},
+        "drafter": {"type": "ngram", "longest": 2},
         "tree": {"type": "static_tree", "choices": [[0], [1], [0, 0]]},
         "acceptance": {"type": "exact_match"},
         "give_up_below": 1.5,
