@@ -105,11 +105,11 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=48, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
-    "rar": Stage(epochs=48, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "rar": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
 }
 
 
