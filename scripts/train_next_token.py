@@ -90,7 +90,11 @@ RAR = {
     "text_embed_dim": 128,
 }
 ANNEALING = (0.125, 0.25)  # of the training; the paper's half and three quarters suit a longer one
-CORRUPTION = Corruption(most=0.6, until=0.4, blind=0.125)
+CORRUPTION = {
+    # Its layers see the condition only through attention: it has to learn to look there first.
+    "llamagen": Corruption(blind_first=(0.15, 0.6)),
+    "rar": Corruption(most=0.6, until=0.4, blind=0.125),
+}
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -105,7 +109,7 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
@@ -202,7 +206,16 @@ def train(
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
-    train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION)
+    train_generator(
+        model,
+        processor,
+        emoji,
+        stage,
+        options,
+        folder,
+        callbacks,
+        CORRUPTION[family.removesuffix("-drafter")],
+    )
     return model, processor
 
 
