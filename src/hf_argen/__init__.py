@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from .generation.decoding.speculative_jacobi import SpeculativeJacobi
     from .modeling.code.configuration_code import CodeConfig
     from .modeling.code.modeling_code import CodeForImageGeneration
+    from .modeling.drafters.configuration_eagle import EagleConfig
+    from .modeling.drafters.configuration_medusa import MedusaHeadsConfig
+    from .modeling.drafters.drafting import EagleDrafter, MedusaDrafter
+    from .modeling.drafters.modeling_eagle import Eagle
+    from .modeling.drafters.modeling_medusa import MedusaHeads
     from .modeling.llamagen.configuration_llamagen import LlamaGenConfig
     from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
     from .modeling.rar.configuration_rar import RarConfig
@@ -50,6 +55,12 @@ _SOURCES = {
     "CodeForImageGeneration": "modeling.code.modeling_code",
     "CollaborativeNextScale": "generation.decoding.collaborative_next_scale",
     "Decoding": "generation",
+    "Eagle": "modeling.drafters.modeling_eagle",
+    "EagleConfig": "modeling.drafters.configuration_eagle",
+    "EagleDrafter": "modeling.drafters.drafting",
+    "MedusaDrafter": "modeling.drafters.drafting",
+    "MedusaHeads": "modeling.drafters.modeling_medusa",
+    "MedusaHeadsConfig": "modeling.drafters.configuration_medusa",
     "LlamaGenConfig": "modeling.llamagen.configuration_llamagen",
     "LlamaGenForImageGeneration": "modeling.llamagen.modeling_llamagen",
     "LlamaGenModel": "modeling.llamagen.modeling_llamagen",
@@ -98,6 +109,12 @@ __all__ = [
     "CodeForImageGeneration",
     "CollaborativeNextScale",
     "Decoding",
+    "Eagle",
+    "EagleConfig",
+    "EagleDrafter",
+    "MedusaDrafter",
+    "MedusaHeads",
+    "MedusaHeadsConfig",
     "LlamaGenConfig",
     "LlamaGenForImageGeneration",
     "LlamaGenModel",

@@ -53,7 +53,7 @@ class DraftAndVerify(TokenLoop):
         drafting.accept(verdict, transcript.append(verdict.tokens, logits=logits, scores=scores))
         gains: list[list[int]] = []
         while not transcript.is_done:
-            depth = min(tree.most_depth, transcript.remaining() - 1)
+            depth = min(drafting.most_depth or tree.most_depth, tree.most_depth, transcript.remaining() - 1)
             if depth < 1 or drafting_loses(gains, self.give_up_below):
                 drafts = DraftTree.none(verdict.tokens)
             else:

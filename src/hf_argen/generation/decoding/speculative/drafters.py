@@ -16,7 +16,14 @@ from .trees import Chain, Tree
 
 
 class Drafting(ABC):
-    """A drafter at work on one request."""
+    """
+    A drafter at work on one request.
+
+    Attributes:
+        most_depth: drafts that it can let follow each other; `None` for any number.
+    """
+
+    most_depth: int | None = None
 
     @property
     def calls(self) -> int:
