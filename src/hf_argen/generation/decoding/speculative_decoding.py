@@ -25,7 +25,8 @@ class SpeculativeDecoding(DraftAndVerify):
     one (`TypicalAcceptance`).
 
     Args:
-        drafter: who drafts: `NGram`, `DraftModel` or a model itself, its name or stored dict; default: `NGram`.
+        drafter: who drafts: a model (a small language model, `MedusaHeads`, `Eagle`), or `NGram`, `DraftModel`,
+            `MedusaDrafter`, `EagleDrafter`, their name or stored dict; default: `NGram`.
         tree: how drafts are arranged: `Chain`, `IndependentSequences`, `StaticTree`, `DynamicTree`, `OptTree`; default:
             what fits the drafter.
         acceptance: which drafts stay: `RejectionSampling`, `ExactMatch`, `SpecTr`, `TypicalAcceptance`; default: the
