@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation.decoding.next_token import NextToken
     from .generation.decoding.relaxed_acceptance import RelaxedAcceptance
     from .generation.decoding.speculative.acceptance import ExactMatch, RejectionSampling, TypicalAcceptance
+    from .generation.decoding.speculative.adaptive_ngram import AdaptiveNGram, SearchTree
     from .generation.decoding.speculative.drafters import DraftModel
     from .generation.decoding.speculative.dynamic_tree import DynamicTree
     from .generation.decoding.speculative.ngram import NGram
@@ -74,6 +75,8 @@ _SOURCES = {
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
     "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
     "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
+    "AdaptiveNGram": "generation.decoding.speculative.adaptive_ngram",
+    "SearchTree": "generation.decoding.speculative.adaptive_ngram",
     "SpeculativeDecoding": "generation.decoding.speculative_decoding",
     "DraftModel": "generation.decoding.speculative.drafters",
     "NGram": "generation.decoding.speculative.ngram",
@@ -128,6 +131,8 @@ __all__ = [
     "GroupedSpeculative",
     "MaximalCouplingJacobi",
     "RelaxedAcceptance",
+    "AdaptiveNGram",
+    "SearchTree",
     "SpeculativeDecoding",
     "DraftModel",
     "NGram",

@@ -239,7 +239,7 @@ class EagleDrafting(Drafting):
         self._prompt: torch.Tensor | None = request.inputs["input_ids"]
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # features and tokens not read yet
         self._counts: list[int] = []
-        self._nodes: torch.Tensor | None = None  # features of the row's end and of the drafts of this step
+        self._nodes = self._prompt[:, :0]  # features of the row's end and of the drafts of this step
 
     @property
     def calls(self) -> int:
