@@ -53,6 +53,11 @@ class LanguageModelPredictor(NextTokenPredictor):
     def most_tokens(self) -> int:
         return 0  # no grid to fill: `reserve` says how many
 
+    def context_left(self) -> int | None:
+        if self._most_positions is None:
+            return None
+        return max(self._most_positions - self._prompt_length - max(self._lengths), 0)
+
     def num_layers(self) -> int:
         return _compat.text_config(self.model).num_hidden_layers
 

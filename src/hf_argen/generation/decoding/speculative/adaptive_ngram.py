@@ -151,7 +151,8 @@ class SearchTree(Tree):
         nodes: drafts of the tree, at most.
         depth: drafts that follow each other, at most.
         iterations: of the search.
-        exploration, scale: the more of the first and the fewer of the second, the more is tried that has hardly been.
+        exploration: how much is tried that has hardly been.
+        scale: visits after which that begins to grow.
     """
 
     nodes: int = 32
