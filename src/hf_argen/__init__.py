@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation.decoding.next_token import NextToken
     from .generation.decoding.relaxed_acceptance import RelaxedAcceptance
     from .generation.decoding.speculative.acceptance import ExactMatch, RejectionSampling, TypicalAcceptance
+    from .generation.decoding.speculative.adaptive_ngram import AdaptiveNGram, SearchTree
     from .generation.decoding.speculative.drafters import DraftModel
     from .generation.decoding.speculative.dynamic_tree import DynamicTree
     from .generation.decoding.speculative.ngram import NGram
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from .generation.decoding.speculative_jacobi import SpeculativeJacobi
     from .modeling.code.configuration_code import CodeConfig
     from .modeling.code.modeling_code import CodeForImageGeneration
+    from .modeling.drafters.configuration_eagle import EagleConfig
+    from .modeling.drafters.configuration_medusa import MedusaHeadsConfig
+    from .modeling.drafters.drafting import EagleDrafter, MedusaDrafter
+    from .modeling.drafters.modeling_eagle import Eagle
+    from .modeling.drafters.modeling_medusa import MedusaHeads
     from .modeling.llamagen.configuration_llamagen import LlamaGenConfig
     from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
     from .modeling.rar.configuration_rar import RarConfig
@@ -50,6 +56,12 @@ _SOURCES = {
     "CodeForImageGeneration": "modeling.code.modeling_code",
     "CollaborativeNextScale": "generation.decoding.collaborative_next_scale",
     "Decoding": "generation",
+    "Eagle": "modeling.drafters.modeling_eagle",
+    "EagleConfig": "modeling.drafters.configuration_eagle",
+    "EagleDrafter": "modeling.drafters.drafting",
+    "MedusaDrafter": "modeling.drafters.drafting",
+    "MedusaHeads": "modeling.drafters.modeling_medusa",
+    "MedusaHeadsConfig": "modeling.drafters.configuration_medusa",
     "LlamaGenConfig": "modeling.llamagen.configuration_llamagen",
     "LlamaGenForImageGeneration": "modeling.llamagen.modeling_llamagen",
     "LlamaGenModel": "modeling.llamagen.modeling_llamagen",
@@ -63,6 +75,8 @@ _SOURCES = {
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
     "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
     "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
+    "AdaptiveNGram": "generation.decoding.speculative.adaptive_ngram",
+    "SearchTree": "generation.decoding.speculative.adaptive_ngram",
     "SpeculativeDecoding": "generation.decoding.speculative_decoding",
     "DraftModel": "generation.decoding.speculative.drafters",
     "NGram": "generation.decoding.speculative.ngram",
@@ -98,6 +112,12 @@ __all__ = [
     "CodeForImageGeneration",
     "CollaborativeNextScale",
     "Decoding",
+    "Eagle",
+    "EagleConfig",
+    "EagleDrafter",
+    "MedusaDrafter",
+    "MedusaHeads",
+    "MedusaHeadsConfig",
     "LlamaGenConfig",
     "LlamaGenForImageGeneration",
     "LlamaGenModel",
@@ -111,6 +131,8 @@ __all__ = [
     "GroupedSpeculative",
     "MaximalCouplingJacobi",
     "RelaxedAcceptance",
+    "AdaptiveNGram",
+    "SearchTree",
     "SpeculativeDecoding",
     "DraftModel",
     "NGram",

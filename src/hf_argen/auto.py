@@ -15,6 +15,7 @@ from transformers import (
 
 from .assets import default_model, no_class_model
 from .generation import _compat
+from .generation.stored import offer_lazily
 from .processors.class_names import NUM_IMAGENET_CLASSES, imagenet_class_names
 
 
@@ -123,6 +124,19 @@ FAMILIES = {
 }
 
 
+# Networks that draft: model type -> configuration and network, name and class of the part
+# of speculative decoding that drives them; dotted names.
+DRAFTERS = {
+    "medusa_heads": (
+        *("configuration_medusa.MedusaHeadsConfig", "modeling_medusa.MedusaHeads"),
+        *("medusa_drafter", "drafting.MedusaDrafter"),
+    ),
+    "eagle": (
+        *("configuration_eagle.EagleConfig", "modeling_eagle.Eagle"),
+        *("eagle_drafter", "drafting.EagleDrafter"),
+    ),
+}
+
 # Task -> dotted name of its pipeline and what it takes, as transformers sorts tasks.
 PIPELINES = {
     "text-to-image": ("hf_argen.pipelines.text_to_image.TextToImagePipeline", "text"),
@@ -142,6 +156,12 @@ def register_with_transformers() -> None:
         _compat.register_lazily(AutoModel, config_class, f"{family.package}.{family.base_model}")
         if family.processor is not None:
             _compat.register_lazily(AutoProcessor, config_class, family.processor)
+    package = "hf_argen.modeling.drafters"
+    for name, (config_name, network, drafter, drafter_class) in DRAFTERS.items():
+        config_class = imported(f"{package}.{config_name}")
+        AutoConfig.register(name, config_class, exist_ok=True)
+        _compat.register_lazily(AutoModel, config_class, f"{package}.{network}")
+        offer_lazily("drafter", drafter, f"{package}.{drafter_class}")
     for task, (class_name, input_type) in PIPELINES.items():
         default = no_class_model if task == "class-to-image" else default_model
         _compat.register_pipeline(task, class_name, AutoModelForImageGeneration, input_type, default)

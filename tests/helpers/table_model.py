@@ -34,6 +34,9 @@ class TablePredictor:
     def for_model(self, model: TableModel) -> "TablePredictor":
         return TablePredictor(model)
 
+    def context_left(self) -> None:
+        return None
+
     def prefill(self, inputs) -> torch.Tensor:
         self.rows = [row.tolist() for row in inputs["input_ids"]]
         self.nodes = [[] for _ in self.rows]

@@ -172,6 +172,11 @@ def decode(
             prompt_ids=input_ids.to(model.device),
         )
     )
+    if result.has_nan is not None and bool(result.has_nan):
+        raise ValueError(
+            f"{type(model).__name__} produced NaN: its weights are damaged, or too large for {model.dtype}; load it again, "
+            "in bfloat16 or float32."
+        )
     if streamer is not None:
         streamer.end()
     return _pack(result, input_ids, generation_config)

@@ -1,10 +1,18 @@
 """Dataclasses that are stored as plain dicts: decodings and their exchangeable parts."""
 
 import dataclasses
+import importlib
 import re
 from typing import Any, ClassVar, Self
 
 import torch
+
+_LAZY: dict[tuple[str, str], str] = {}
+
+
+def offer_lazily(kind: str, name: str, class_name: str) -> None:
+    """Makes a part known by name whose module is imported when it is asked for; `class_name` is dotted."""
+    _LAZY[kind, name] = class_name
 
 
 class Stored:
@@ -81,6 +89,9 @@ class Part(Stored):
     @classmethod
     def known(cls) -> dict[str, type[Self]]:
         """All parts of this kind by name."""
+        for (kind, _), class_name in _LAZY.items():
+            if kind == cls.kind:
+                importlib.import_module(class_name.rpartition(".")[0])
 
         def below(parent: type[Self]) -> list[type[Self]]:
             return [one for child in parent.__subclasses__() for one in (child, *below(child))]

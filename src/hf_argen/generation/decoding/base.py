@@ -76,6 +76,7 @@ class DecodingResult:
         forward_calls: forward calls of the model, those of a drafter included.
         details: further fields of the output.
         is_finite: scalar bool tensor; False when the model produced NaN or infinity.
+        has_nan: scalar bool tensor, whether it produced NaN, where that was looked for.
     """
 
     sequences: torch.Tensor
@@ -84,6 +85,7 @@ class DecodingResult:
     forward_calls: int
     is_finite: torch.Tensor
     details: dict[str, Any] = field(default_factory=dict)
+    has_nan: torch.Tensor | None = None
 
 
 @dataclass

@@ -4,13 +4,21 @@ from abc import abstractmethod
 
 import torch
 
-from ..transcript import choose
+from ..predictors.next_token import NextTokenPredictor
+from ..transcript import Transcript, choose
 from .base import DecodingResult, Request
 from .speculative.acceptance import AcceptanceRule, Verdict
 from .speculative.draft_tree import DraftContext, DraftTree
-from .speculative.drafters import Drafter
+from .speculative.drafters import Drafter, Drafting
 from .speculative.trees import Tree
 from .token_loop import TokenLoop, drafting_loses
+
+
+def depth_left(tree: Tree, drafting: Drafting, predictor: NextTokenPredictor, transcript: Transcript) -> int:
+    """As deep as the tree may be, as the drafter can go, and as request and model have room beside a token more."""
+    room = (transcript.remaining(), predictor.context_left())
+    limits = (tree.most_depth, drafting.most_depth, *(one - 1 for one in room if one is not None))
+    return min(limit for limit in limits if limit is not None)
 
 
 class DraftAndVerify(TokenLoop):
@@ -47,20 +55,23 @@ class DraftAndVerify(TokenLoop):
         drafter.prepare(request)
         logits = predictor.prefill(request.inputs)[:, None]
         drafting = drafter.open(request, context)
-        finite = torch.isfinite(logits).all()
+        finite, has_nan = torch.isfinite(logits).all(), logits.isnan().any()
         scores = transcript.process(logits)
         verdict = Verdict(choose(scores, context.do_sample, context.generator), [])
         drafting.accept(verdict, transcript.append(verdict.tokens, logits=logits, scores=scores))
         gains: list[list[int]] = []
+        broken = torch.zeros((), dtype=torch.bool, device=logits.device)
         while not transcript.is_done:
-            depth = min(tree.most_depth, transcript.remaining() - 1)
+            depth = depth_left(tree, drafting, predictor, transcript)
             if depth < 1 or drafting_loses(gains, self.give_up_below):
                 drafts = DraftTree.none(verdict.tokens)
             else:
                 drafts = tree.grow(drafting, context, depth)
+                if drafts.probs is not None:
+                    broken = broken | drafts.probs.isnan().any()
             fed = torch.cat([transcript.last(), drafts.tokens], dim=1)
             logits = predictor.predict(fed, drafts.fed_parents())
-            finite = finite & torch.isfinite(logits).all()
+            finite, has_nan = finite & torch.isfinite(logits).all(), has_nan | logits.isnan().any()
             scores = transcript.process(logits, drafts.tokens, drafts.parents)
             verdict = rule.verify(scores, drafts, context)
             kept = (verdict.along(one) if transcript.keeps else None for one in (logits, scores))
@@ -68,6 +79,13 @@ class DraftAndVerify(TokenLoop):
             predictor.commit(verdict.kept_nodes(), taken)
             drafting.accept(verdict, taken)
             gains.append(taken)
+        if bool(broken):
+            raise ValueError(
+                f"The drafter of {type(self).__name__} produced NaN: its weights are damaged, or too large for its dtype; "
+                "load it again, in bfloat16 or float32."
+            )
         lengths = torch.tensor(gains, dtype=torch.long).view(-1, transcript.batch_size).t()
         calls = predictor.calls + drafting.calls
-        return self.result(request, transcript, len(gains) + 1, finite, calls, accept_lengths=lengths)
+        result = self.result(request, transcript, len(gains) + 1, finite, calls, accept_lengths=lengths)
+        result.has_nan = has_nan
+        return result

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from .base import Guarantee, Request
 from .draft_and_verify import DraftAndVerify
 from .speculative.acceptance import AcceptanceRule, RejectionSampling
+from .speculative.adaptive_ngram import AdaptiveNGram
 from .speculative.drafters import Drafter, resolve_drafter
 from .speculative.dynamic_tree import DynamicTree
 from .speculative.ngram import NGram
@@ -14,7 +15,14 @@ from .speculative.spectr import SpecTr
 from .speculative.trees import Tree
 from .token_loop import check_give_up_below
 
-PARTS = (NGram, RejectionSampling, DynamicTree, OptTree, SpecTr)  # imported, so that they are known by name
+PARTS = (
+    AdaptiveNGram,
+    NGram,
+    RejectionSampling,
+    DynamicTree,
+    OptTree,
+    SpecTr,
+)  # imported, so that they are known by name
 
 
 @dataclass
@@ -25,7 +33,8 @@ class SpeculativeDecoding(DraftAndVerify):
     one (`TypicalAcceptance`).
 
     Args:
-        drafter: who drafts: `NGram`, `DraftModel` or a model itself, its name or stored dict; default: `NGram`.
+        drafter: who drafts: a model (a small language model, `MedusaHeads`, `Eagle`), or `NGram`, `DraftModel`,
+            `MedusaDrafter`, `EagleDrafter`, their name or stored dict; default: `NGram`.
         tree: how drafts are arranged: `Chain`, `IndependentSequences`, `StaticTree`, `DynamicTree`, `OptTree`; default:
             what fits the drafter.
         acceptance: which drafts stay: `RejectionSampling`, `ExactMatch`, `SpecTr`, `TypicalAcceptance`; default: the

@@ -22,6 +22,11 @@ class LanguageModelPredictor(NextTokenPredictor):
         unconditional: `input_ids` and `attention_mask` of the unconditional rows; default: the last token of the
             prompt.
 
+    Attributes:
+        feature_layers: which of the model's hidden states to keep, as transformers counts them (0 goes into the first
+            layer, -1 comes out of the last norm); set before `prefill`.
+        features: (batch, n, sum of sizes) those of the n tokens that were fed last, side by side; the conditional ones.
+
     Raises:
         ValueError: a model that keeps a state which cannot be rolled back, or takes no positions.
     """
@@ -38,6 +43,8 @@ class LanguageModelPredictor(NextTokenPredictor):
         self._cache_name = _compat.cache_argument(model)
         self._keeps_logits = _compat.takes_argument(model, "logits_to_keep")
         self._patterns = _compat.attention_patterns(model)
+        self.feature_layers: tuple[int, ...] = ()
+        self.features: torch.Tensor | None = None
         self._most_positions = getattr(_compat.text_config(model), "max_position_embeddings", None)
 
     def for_model(self, model: Any) -> "LanguageModelPredictor":
@@ -45,6 +52,11 @@ class LanguageModelPredictor(NextTokenPredictor):
 
     def most_tokens(self) -> int:
         return 0  # no grid to fill: `reserve` says how many
+
+    def context_left(self) -> int | None:
+        if self._most_positions is None:
+            return None
+        return max(self._most_positions - self._prompt_length - max(self._lengths), 0)
 
     def num_layers(self) -> int:
         return _compat.text_config(self.model).num_hidden_layers
@@ -142,8 +154,12 @@ class LanguageModelPredictor(NextTokenPredictor):
             position_ids=positions,
             use_cache=True,
             return_dict=True,
+            **({"output_hidden_states": True} if self.feature_layers else {}),
             **{self._cache_name: self._cache},
             **keep,
             **extras,
         )
+        if self.feature_layers:
+            kept = [output.hidden_states[layer][: self.batch_size] for layer in self.feature_layers]
+            self.features = torch.cat(kept, dim=-1)
         return output.logits[:, -last:]

@@ -75,6 +75,10 @@ class NextTokenPredictor(Predictor):
         """Tokens that the model can generate."""
         return self.model.config.num_image_tokens
 
+    def context_left(self) -> int | None:
+        """Positions for which the model was made that no row has reached; `None` for any number."""
+        return None
+
     def num_layers(self) -> int:
         """Layers of the cache."""
         return self.model.config.num_hidden_layers

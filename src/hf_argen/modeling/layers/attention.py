@@ -20,7 +20,12 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention; query, key and value are (batch, heads, length, head_dim), the mask is additive."""
+    """
+    Plain attention; query, key and value are (batch, heads, length, head_dim), the mask is additive. A module with
+    `num_key_value_groups` has so many heads of queries for each of keys and values.
+    """
+    if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask

@@ -1,7 +1,9 @@
 """Who drafts: the parts of draft-and-verify decodings that guess what follows, and another model as one (2211.17192)."""
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,14 @@ from .trees import Chain, Tree
 
 
 class Drafting(ABC):
-    """A drafter at work on one request."""
+    """
+    A drafter at work on one request.
+
+    Attributes:
+        most_depth: drafts that it can let follow each other; `None` for any number.
+    """
+
+    most_depth: int | None = None
 
     @property
     def calls(self) -> int:
@@ -77,6 +86,18 @@ def resolve_drafter(given: Any) -> Drafter:
     return Drafter.resolve(given)
 
 
+def tokenizer_words(model: Any) -> dict[str, int] | None:
+    """The vocabulary of the tokenizer in the folder from which a model was loaded; `None` where there is none to read."""
+    path = Path(getattr(model, "name_or_path", None) or "") / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return words if isinstance(words, dict) else {str(word): i for i, word in enumerate(words)}
+
+
 @dataclass
 class DraftModel(Drafter):
     """
@@ -101,6 +122,11 @@ class DraftModel(Drafter):
         if own != theirs:
             raise ValueError(
                 f"The drafter draws from {theirs} tokens, the model from {own}; they must agree."
+            )
+        if (words := tokenizer_words(model)) and (others := tokenizer_words(drafter)) and words != others:
+            raise ValueError(
+                f"The tokenizers of {model.name_or_path!r} and of the drafter {drafter.name_or_path!r} have other tokens "
+                "for the same ids; drafts would be of another text. Use a drafter with the same tokenizer."
             )
         sizes = [getattr(one.config, "grid_sizes", None) for one in (model, drafter)]
         if sizes[0] != sizes[1]:

@@ -1,7 +1,9 @@
 """Drafts copied from the text itself: prompt lookup."""
 
 import math
+from abc import abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,64 +43,34 @@ class NGram(Drafter):
         return NGramDrafting(self, request, context)
 
 
-class Occurrences:
-    """Where the n-grams of one growing sequence have occurred, for n from 0 to `longest`."""
+class TextDrafting(Drafting):
+    """
+    Drafts from statistics of the text alone, row by row.
 
-    def __init__(self, longest: int):
-        self.ids: list[int] = []
-        self._ends: list[dict[tuple[int, ...], list[int]]] = [{} for _ in range(longest + 1)]
+    Attributes:
+        rows: what is known of each row, its ids in `ids`.
+    """
 
-    def extend(self, ids: list[int]) -> None:
-        """Adds tokens; an n-gram counts from when it is known what follows it."""
-        for token in ids:
-            end = len(self.ids)
-            for n, ends in enumerate(self._ends[: end + 1]):
-                ends.setdefault(tuple(self.ids[end - n :]), []).append(end)
-            self.ids.append(token)
-
-    def find(self, context: list[int], shortest: int) -> list[int]:
-        """The places after the longest n-gram at the end of `context` that has occurred, in order; none: empty."""
-        for n in range(min(len(self._ends) - 1, len(context)), shortest - 1, -1):
-            if ends := self._ends[n].get(tuple(context[len(context) - n :])):
-                return ends
-        return []
-
-    def copied(self, length: int, shortest: int) -> list[int]:
-        """What followed the last occurrence of the sequence's end; a copy that runs into the end goes on from itself."""
-        if not (found := self.find(self.ids, shortest)):
-            return []
-        source = self.ids[found[-1] : found[-1] + length]
-        return (source * math.ceil(length / len(source)))[:length]
-
-
-class NGramDrafting(Drafting):
-    """See [`NGram`]."""
-
-    def __init__(self, options: NGram, request: Request, context: DraftContext):
-        self.options = options
+    def __init__(self, request: Request, context: DraftContext):
         self.vocab_size = _compat.text_config(request.model).vocab_size
         transcript = context.transcript
         self.device = transcript.prompt.device
-        self.rows = [Occurrences(options.longest) for _ in range(transcript.batch_size)]
         mask = request.inputs.get("attention_mask")
-        for row, occurrences in enumerate(self.rows):
-            prompt = transcript.prompt[row]
+        self.rows = []
+        for row, prompt in enumerate(transcript.prompt):
             if mask is not None and prompt.shape[0]:
                 prompt = prompt[mask[row] != 0]
-            occurrences.extend(prompt.tolist())
+            self.rows.append(self.new_row(prompt.tolist()))
         self._paths: list[list[list[int]]] = []  # of each row, the drafts up to every node of this step
 
-    def accept(self, verdict: Verdict, taken: list[int]) -> None:
-        for occurrences, ids, count in zip(self.rows, verdict.tokens.tolist(), taken, strict=True):
-            occurrences.extend(ids[:count])
+    @abstractmethod
+    def new_row(self, prompt: list[int]) -> "TextRow":
+        """What is known of a row that begins with these ids."""
 
-    def ready(self, length: int) -> DraftTree | None:
-        copies = [row.copied(length, self.options.shortest) for row in self.rows]
-        if not any(copies):
-            return DraftTree.none(torch.zeros(len(copies), device=self.device))
-        # A row without a copy gets drafts that are as good as any.
-        filled = [copy or row.ids[-1:] * length for copy, row in zip(copies, self.rows, strict=True)]
-        return DraftTree(torch.tensor(filled, device=self.device), length)
+    def accept(self, verdict: Verdict, taken: list[int]) -> None:
+        for row, ids, count in zip(self.rows, verdict.tokens.tolist(), taken, strict=True):
+            if count:
+                row.extend(ids[:count])
 
     def root(self) -> torch.Tensor:
         self._paths = [[] for _ in self.rows]
@@ -114,11 +86,80 @@ class NGramDrafting(Drafting):
                 logits.append(self._logits(row, paths[-1]))
         return torch.stack(logits).view(*tokens.shape, -1)
 
-    def _logits(self, row: Occurrences, path: list[int]) -> torch.Tensor:
-        """(vocab_size,): logarithm of how often each token followed the longest n-gram at the end of the path."""
-        found = row.find(row.ids[-self.options.longest :] + path, 0)
-        counts = Counter(row.ids[end] for end in found)
+    def _logits(self, row: "TextRow", path: list[int]) -> torch.Tensor:
+        """(vocab_size,): logarithm of the weight of each token after the row and a path."""
+        weights = row.following(path)
         logits = torch.full((self.vocab_size,), -torch.inf, device=self.device)
-        tokens = torch.tensor(list(counts), device=self.device)
-        logits[tokens] = torch.tensor([float(count) for count in counts.values()], device=self.device).log()
+        tokens = torch.tensor(list(weights), device=self.device)
+        logits[tokens] = torch.tensor(
+            [float(weight) for weight in weights.values()], device=self.device
+        ).log()
         return logits
+
+
+class TextRow:
+    """What is known of the text of one row; `ids` are its tokens."""
+
+    ids: list[int]
+
+    def extend(self, ids: list[int]) -> None:
+        """The row has grown."""
+        raise NotImplementedError
+
+    def following(self, path: list[int]) -> Mapping[int, float]:
+        """Weights above 0 of tokens that may follow the row and a path of drafts; at least one."""
+        raise NotImplementedError
+
+
+class Occurrences(TextRow):
+    """Where the n-grams of one growing sequence have occurred, for n from 0 to `longest`."""
+
+    def __init__(self, longest: int, ids: list[int]):
+        self.ids = []
+        self.longest = longest
+        self._ends: list[dict[tuple[int, ...], list[int]]] = [{} for _ in range(longest + 1)]
+        self.extend(ids)
+
+    def extend(self, ids: list[int]) -> None:
+        """Adds tokens; an n-gram counts from when it is known what follows it."""
+        for token in ids:
+            end = len(self.ids)
+            for n, ends in enumerate(self._ends[: end + 1]):
+                ends.setdefault(tuple(self.ids[end - n :]), []).append(end)
+            self.ids.append(token)
+
+    def find(self, context: list[int], shortest: int) -> list[int]:
+        """The places after the longest n-gram at the end of `context` that has occurred, in order; none: empty."""
+        for n in range(min(self.longest, len(context)), shortest - 1, -1):
+            if ends := self._ends[n].get(tuple(context[len(context) - n :])):
+                return ends
+        return []
+
+    def copied(self, length: int, shortest: int) -> list[int]:
+        """What followed the last occurrence of the sequence's end; a copy that runs into the end goes on from itself."""
+        if not (found := self.find(self.ids[-self.longest :], shortest)):
+            return []
+        source = self.ids[found[-1] : found[-1] + length]
+        return (source * math.ceil(length / len(source)))[:length]
+
+    def following(self, path: list[int]) -> Mapping[int, float]:
+        return Counter(self.ids[end] for end in self.find(self.ids[-self.longest :] + path, 0))
+
+
+class NGramDrafting(TextDrafting):
+    """See [`NGram`]."""
+
+    def __init__(self, options: NGram, request: Request, context: DraftContext):
+        self.options = options
+        super().__init__(request, context)
+
+    def new_row(self, prompt: list[int]) -> Occurrences:
+        return Occurrences(self.options.longest, prompt)
+
+    def ready(self, length: int) -> DraftTree | None:
+        copies = [row.copied(length, self.options.shortest) for row in self.rows]
+        if not any(copies):
+            return DraftTree.none(torch.zeros(len(copies), device=self.device))
+        # A row without a copy gets drafts that are as good as any.
+        filled = [copy or row.ids[-1:] * length for copy, row in zip(copies, self.rows, strict=True)]
+        return DraftTree(torch.tensor(filled, device=self.device), length)

@@ -1,0 +1,1 @@
+"""Networks that draft for a language model: Medusa's heads and EAGLE."""

@@ -1,0 +1,75 @@
+"""Configuration of EAGLE."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..config_checks import check_positive
+
+
+class EagleConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`Eagle`] (arXiv 2401.15077, 2406.16858, 2503.01840).
+
+    Args:
+        version: 1, whose weights EAGLE-2 uses too, or 3.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+            hidden_act, rms_norm_eps, max_position_embeddings, attention_bias: of the drafter's layers, as in Llama;
+            `attention_bias` adds biases to queries, keys and values.
+        vocab_size: of the language model.
+        draft_vocab_size: tokens that version 3 drafts; `None` for all.
+        target_hidden_size: of the language model.
+        rope_theta: base of the rotary frequencies.
+        rope_factor: by how much positions are shrunk.
+        fc_bias: whether the projection of version 1 has a bias.
+        has_embedding: whether it has input embeddings of its own; otherwise the language model's serve.
+        initializer_range: of new weights.
+    """
+
+    model_type = "eagle"
+
+    version: int = 1
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    vocab_size: int = 32000
+    draft_vocab_size: int | None = None
+    target_hidden_size: int | None = None
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    fc_bias: bool = True
+    has_embedding: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.version not in (1, 3):
+            raise ValueError(f"version is {self.version}; it must be 1 (EAGLE and EAGLE-2) or 3.")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        check_positive(self, (*sizes, "num_key_value_heads", "head_dim", "draft_vocab_size"))
+        if self.version == 1 and self.target_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"target_hidden_size is {self.target_hidden_size} and hidden_size {self.hidden_size}; in version 1, which "
+                "shares the language model's head, they must agree."
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_features(self) -> int:
+        """Layers of the language model whose hidden states are read."""
+        return 1 if self.version == 1 else 3
