@@ -30,9 +30,7 @@ class Randomness(Protocol):
         self, choices: int, count: int, generator: Generators, device: torch.device
     ) -> torch.Tensor: ...
 
-    def normal(
-        self, shape: Sequence[int], generator: Generators, device: torch.device
-    ) -> torch.Tensor: ...
+    def normal(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor: ...
 
     def permutations(
         self, items: int, count: int, generator: Generators, device: torch.device

@@ -6,41 +6,15 @@ from typing import Any
 
 from ...checkpoints import ConversionError
 from ...conversion import ConversionPlan, Converter, OriginalArguments, shape_of
-from ...key_map import KeyMap, Rename, Rule, StateDict, count
+from ...key_map import KeyMap, Rename, StateDict, count
+from ..key_rules import coder
 from .configuration_kl_vae import RELEASED_SCALE, KlVaeConfig
-
-
-def _resnet(theirs: str, ours: str) -> list[Rule]:
-    parts = ("norm1", "conv1", "norm2", "conv2")
-    kept = [Rename(f"{theirs}.{part}.{{leaf}}", f"{ours}.{part}.{{leaf}}") for part in parts]
-    return [*kept, Rename(f"{theirs}.nin_shortcut.{{leaf}}", f"{ours}.shortcut.{{leaf}}")]
-
-
-def _attention(theirs: str, ours: str) -> list[Rule]:
-    parts = {"norm": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "proj"}
-    return [Rename(f"{theirs}.{part}.{{leaf}}", f"{ours}.{own}.{{leaf}}") for part, own in parts.items()]
-
-
-def _coder(name: str, level: str, blocks: str, resampling: str) -> list[Rule]:
-    """Encoder or decoder; both have the same parts."""
-    theirs, ours = f"{name}.{level}.{{i}}", f"{name}.{blocks}.{{i}}"
-    return [
-        Rename(f"{name}.conv_in.{{leaf}}", f"{name}.conv_in.{{leaf}}"),
-        *_resnet(f"{theirs}.block.{{j}}", f"{ours}.resnets.{{j}}"),
-        *_attention(f"{theirs}.attn.{{j}}", f"{ours}.attentions.{{j}}"),
-        Rename(f"{theirs}.{resampling}.conv.{{leaf}}", f"{ours}.{resampling}.{{leaf}}"),
-        *_resnet(f"{name}.mid.block_1", f"{name}.mid_block.resnet_1"),
-        *_attention(f"{name}.mid.attn_1", f"{name}.mid_block.attention"),
-        *_resnet(f"{name}.mid.block_2", f"{name}.mid_block.resnet_2"),
-        Rename(f"{name}.norm_out.{{leaf}}", f"{name}.norm_out.{{leaf}}"),
-        Rename(f"{name}.conv_out.{{leaf}}", f"{name}.conv_out.{{leaf}}"),
-    ]
 
 
 TOKENIZER = KeyMap(
     [
-        *_coder("encoder", "down", "down_blocks", "downsample"),
-        *_coder("decoder", "up", "up_blocks", "upsample"),
+        *coder("encoder", "down", "down_blocks", "downsample"),
+        *coder("decoder", "up", "up_blocks", "upsample"),
         Rename("quant_conv.{leaf}", "quant_conv.{leaf}"),
         Rename("post_quant_conv.{leaf}", "post_quant_conv.{leaf}"),
     ]
