@@ -75,9 +75,13 @@ class Masked(Decoding):
         if isinstance(self.order, torch.Tensor):
             self.order = self.order.tolist()
         if isinstance(self.order, str) and self.order not in ORDERS:
-            raise ValueError(f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation.")
+            raise ValueError(
+                f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation."
+            )
         if not isinstance(self.order, str):
-            self.order = [list(map(int, row)) if isinstance(row, list | tuple) else int(row) for row in self.order]
+            self.order = [
+                list(map(int, row)) if isinstance(row, list | tuple) else int(row) for row in self.order
+            ]
 
     # The loop
 
@@ -161,7 +165,11 @@ class Masked(Decoding):
             orders = orders.gather(1, first)
         steps = min(self.num_steps or MOST_STEPS, total - min(fixed))
         after = [hidden_after_steps(total - known, steps, self.schedule) for known in fixed]
-        known = [fixed] + [[total - row[step] for row in after] for step in range(steps)]
+        known = [fixed]
+        for step in range(steps):
+            row = [total - left[step] for left in after]
+            if row != known[-1]:  # steep schedules have steps that would predict nothing
+                known.append(row)
         return Plan(orders, known)
 
     def draw_orders(self, request: Request, total: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -209,7 +217,9 @@ class Masked(Decoding):
                 "and logits processors out."
             )
         if request.generation_config.output_logits:
-            raise ValueError(f"{name} draws continuous tokens, which have no logits; leave output_logits out.")
+            raise ValueError(
+                f"{name} draws continuous tokens, which have no logits; leave output_logits out."
+            )
         known = (MaxTimeCriteria, MaxLengthCriteria)
         if others := [one for one in request.stopping_criteria if not isinstance(one, known)]:
             raise ValueError(

@@ -106,9 +106,7 @@ class MaskedPredictor(Predictor):
         places = positions.clamp(max=self.capacity - 1).unsqueeze(-1)
         return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
 
-    def commit(
-        self, keep: torch.Tensor, positions: torch.Tensor, count: Sequence[int] | None = None
-    ) -> None:
+    def commit(self, keep: torch.Tensor, positions: torch.Tensor, count: Sequence[int] | None = None) -> None:
         """
         Makes tokens known.
 

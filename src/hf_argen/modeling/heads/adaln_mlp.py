@@ -78,7 +78,13 @@ class AdaLNMLP(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, hidden_size: int, width: int, depth: int, num_times: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_size: int,
+        width: int,
+        depth: int,
+        num_times: int = 1,
     ):
         super().__init__()
         self.time_embeddings = nn.ModuleList(TimeEmbedding(width) for _ in range(num_times))

@@ -95,9 +95,7 @@ class DiffusionHead(ContinuousHead):
         answer = self.net(noisy, self.net.embed_times(timesteps), condition)
         predicted, variance = answer.chunk(2, dim=-1)
         mean, log_variance, _ = step_back(process, timesteps[:, None], noisy, predicted.detach(), variance)
-        true_mean = (
-            process.of_token[timesteps, None] * target + process.of_noisy[timesteps, None] * noisy
-        )
+        true_mean = process.of_token[timesteps, None] * target + process.of_noisy[timesteps, None] * noisy
         true_log_variance = process.least_log_variance[timesteps, None]
         bound = normal_divergence(true_mean, true_log_variance, mean, log_variance)
         first = -discretized_log_likelihood(target, mean, 0.5 * log_variance)
@@ -134,7 +132,8 @@ class DiffusionHead(ContinuousHead):
         # The authors draw for unconditional rows, too, whose noise then goes unused.
         whole = shape if isinstance(generator, list | tuple) else (len(hidden), n, self.token_size)
         noises = [
-            self.normal(whole, hidden, generator, do_sample)[:batch].flatten(0, 1) for _ in range(len(process))
+            self.normal(whole, hidden, generator, do_sample)[:batch].flatten(0, 1)
+            for _ in range(len(process))
         ]
         self.calls += len(process)
         times = self.net.embed_times(process.timesteps)

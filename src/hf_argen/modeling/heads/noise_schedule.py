@@ -90,7 +90,9 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> np.ndarray:
         return math.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2
 
     left = [share_left(i / steps) for i in range(steps + 1)]
-    return np.array([min(1 - after / before, LARGEST_BETA) for before, after in zip(left[:-1], left[1:], strict=True)])
+    return np.array(
+        [min(1 - after / before, LARGEST_BETA) for before, after in zip(left[:-1], left[1:], strict=True)]
+    )
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,6 @@ from ...key_map import KeyMap, Rename, StateDict, count
 from ..key_rules import coder
 from .configuration_kl_vae import RELEASED_SCALE, KlVaeConfig
 
-
 TOKENIZER = KeyMap(
     [
         *coder("encoder", "down", "down_blocks", "downsample"),

@@ -1,0 +1,422 @@
+"""MAR: an encoder and a decoder see the known tokens from both sides, a head draws hidden ones (arXiv 2406.11838)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from ...generation import sampling
+from ...generation.mixin import ImageGenerationMixin
+from ...generation.predictors.masked import MaskedPredictor
+from ...generation.sampling import Generators
+from ..base import ArgenPreTrainedModel, ImageModelMixin
+from ..heads.continuous import ContinuousHead
+from ..heads.registry import build_head
+from ..layers.attention import HeadedAttention
+from ..layers.mlp import MLP
+from ..layers.precision import suited
+from ..vector_condition import VectorConditionMixin, VectorConditionModules
+from .configuration_mar import MarConfig
+
+MASK_RATIO_STD = (
+    0.25  # of the normal distribution around 1 from which training draws the share of hidden tokens
+)
+
+
+@dataclass
+class MarOutput(ModelOutput):
+    """
+    Output of the teacher-forced pass.
+
+    Attributes:
+        loss: mean loss of the head over hidden tokens, scalar float32.
+        last_hidden_state: (batch, tokens, decoder_hidden_size), what the head predicts each token from.
+        mask: (batch, tokens) bool, the hidden ones.
+    """
+
+    loss: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    mask: torch.BoolTensor | None = None
+
+
+class MarAttention(HeadedAttention):
+    """Multi-head self-attention over all positions."""
+
+    def __init__(self, config: MarConfig, hidden_size: int, num_attention_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.attend(*self.heads(hidden_states), attention_mask, None)
+
+
+class MarLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each behind a norm."""
+
+    def __init__(self, config: MarConfig, hidden_size: int, num_attention_heads: int, intermediate_size: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
+        self.self_attn = MarAttention(config, hidden_size, num_attention_heads)
+        self.post_attention_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
+        dropout = config.hidden_dropout
+        self.mlp = MLP(hidden_size, intermediate_size, config.hidden_act, dropout, inner_dropout=dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), attention_mask)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MarPreTrainedModel(ArgenPreTrainedModel):
+    """Weight initialisation and switches of the family."""
+
+    config: MarConfig
+    config_class = MarConfig
+    base_model_prefix = "model"
+    main_input_name = "class_labels"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MarLayer", "ModulatedBlock"]
+    _keep_in_fp32_modules = ["image_tokenizer", "text_projection", "head"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The authors' scheme."""
+        if isinstance(module, ContinuousHead):
+            module.init_weights()
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class MarModel(VectorConditionModules, MarPreTrainedModel):
+    """
+    The transformer without head. The encoder reads the condition, repeated in a buffer, and the known tokens; the decoder
+    these and a mask token at every hidden place.
+    """
+
+    parts_of_larger_models = ("head.", "image_tokenizer.")
+
+    def __init__(self, config: MarConfig):
+        super().__init__(config)
+        hidden, tokens = config.hidden_size, config.num_image_tokens
+        positions = config.num_buffer_tokens + tokens
+        if config.condition_type == "class":
+            self.class_embedding = nn.Embedding(config.num_classes, hidden)
+            self.null_embedding = nn.Embedding(1, hidden)
+        else:
+            self.add_condition_modules(config)
+        self.embed_tokens = nn.Linear(config.token_size, hidden)
+        self.encoder_position_embedding = nn.Embedding(positions, hidden)
+        self.embed_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        sizes = (hidden, config.num_attention_heads, config.intermediate_size)
+        self.encoder_layers = nn.ModuleList(MarLayer(config, *sizes) for _ in range(config.num_hidden_layers))
+        self.encoder_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+
+        width = config.decoder_hidden_size
+        self.decoder_proj = nn.Linear(hidden, width)
+        self.mask_embedding = nn.Embedding(1, width)
+        self.decoder_position_embedding = nn.Embedding(positions, width)
+        sizes = (width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+        self.decoder_layers = nn.ModuleList(
+            MarLayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.head_position_embedding = nn.Embedding(tokens, width)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    @property
+    def dtype_of_computation(self) -> torch.dtype:
+        """See [`VectorConditionModules`]."""
+        return self.encoder_position_embedding.weight.dtype
+
+    def class_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """Class labels (batch,), -1 or the number of classes for none, to conditions (batch, hidden_size)."""
+        classes = self.config.num_classes
+        is_null = (class_labels < 0) | (class_labels >= classes)
+        null = self.null_embedding(torch.zeros_like(class_labels))
+        return torch.where(is_null[:, None], null, self.class_embedding(class_labels.clamp(0, classes - 1)))
+
+    def forward(
+        self,
+        tokens: torch.FloatTensor,
+        visible: torch.LongTensor,
+        condition: torch.FloatTensor,
+        valid: torch.BoolTensor | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutput | tuple:
+        """
+        Args:
+            tokens: (batch, n, token_size), the known ones.
+            visible: (batch, n) int64, their places, row by row of the picture.
+            condition: (batch, hidden_size), from `class_condition` or `text_condition`.
+            valid: (batch, n) bool, false where a shorter row is padded; its places are then the number of tokens.
+
+        Returns:
+            `last_hidden_state` (batch, tokens, decoder_hidden_size), known places included.
+        """
+        hidden_states = self.decode(self.encode(tokens, visible, condition, valid), visible)
+        output = BaseModelOutput(last_hidden_state=hidden_states)
+        return output if return_dict else output.to_tuple()
+
+    def encode(
+        self,
+        tokens: torch.Tensor,
+        visible: torch.Tensor,
+        condition: torch.Tensor,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Buffer and known tokens through the encoder, (batch, buffer + n, hidden_size)."""
+        buffer = self.config.num_buffer_tokens
+        embedded = self.embed_tokens(suited(tokens.to(self.dtype_of_computation), self.embed_tokens))
+        hidden_states = torch.cat([condition.unsqueeze(1).expand(-1, buffer, -1), embedded], dim=1)
+        places = self._with_buffer(visible.clamp(max=self.config.num_image_tokens - 1))
+        hidden_states = self.embed_norm(hidden_states + self.encoder_position_embedding(places))
+        mask = self._padding_mask(valid, hidden_states.dtype)
+        for layer in self.encoder_layers:
+            hidden_states = layer(hidden_states, mask)
+        return self.encoder_norm(hidden_states)
+
+    def decode(self, encoded: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """What the encoder made of buffer and known tokens through the decoder, (batch, tokens, decoder_hidden_size)."""
+        buffer, tokens = self.config.num_buffer_tokens, self.config.num_image_tokens
+        projected = self.decoder_proj(encoded)
+        batch, _, width = projected.shape
+        everywhere = torch.arange(buffer + tokens, device=projected.device)
+        masked = self.mask_embedding(torch.zeros_like(visible[:, :1])).to(projected.dtype)
+        # One place more, where padding goes.
+        hidden_states = masked.expand(batch, buffer + tokens + 1, width)
+        places = self._with_buffer(visible).unsqueeze(-1).expand(-1, -1, width)
+        hidden_states = hidden_states.scatter(1, places, projected)[:, :-1]
+        hidden_states = hidden_states + self.decoder_position_embedding(everywhere)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        hidden_states = self.decoder_norm(hidden_states)[:, buffer:]
+        return hidden_states + self.head_position_embedding(everywhere[:tokens])
+
+    def _with_buffer(self, visible: torch.Tensor) -> torch.Tensor:
+        """Places in the picture (batch, n) as places in the sequence, the buffer's before them."""
+        buffer = self.config.num_buffer_tokens
+        first = torch.arange(buffer, device=visible.device).expand(len(visible), -1)
+        return torch.cat([first, visible + buffer], dim=1)
+
+    def _padding_mask(self, valid: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask (batch, 1, 1, buffer + n) under which no one sees padding."""
+        if valid is None:
+            return None
+        seen = torch.cat([valid.new_ones(len(valid), self.config.num_buffer_tokens), valid], dim=1)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+
+
+class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrainedModel, ImageGenerationMixin):
+    """
+    MAR with head and visual tokenizer: training on masked pictures, and generation of sets of tokens in any order.
+
+    >>> model = hf_argen.convert_original("mar", {"transformer": "checkpoint-last.pth", "tokenizer": "kl16.ckpt"})
+    >>> images = model.decode_images(model.generate(class_labels=[207, 980], guidance_scale=2.9))
+    """
+
+    predictor_class = MaskedPredictor
+    draws_latents = True
+    default_guidance_schedule = "linear"
+    neutral_guidance_scale = 1.0
+
+    def __init__(self, config: MarConfig):
+        super().__init__(config)
+        self.model = MarModel(config)
+        self.head = build_head(config.head_config, config.token_size, config.decoder_hidden_size)
+        self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
+        self.generation_config.do_sample = True  # continuous tokens have no likeliest one
+        self.post_init()
+
+    def check_tokenizer_fits(self, config: PreTrainedConfig) -> None:
+        """Refuses a tokenizer of other latents or another grid; one that takes pictures of any size gets the grid."""
+        own = self.config
+        if not hasattr(config, "latent_scale"):
+            raise ValueError(f"An image tokenizer of type {config.model_type!r} has no grid of latents.")
+        if config.latent_channels != own.latent_channels:
+            raise ValueError(
+                f"latent_channels is {own.latent_channels} in the model and {config.latent_channels} in its image "
+                "tokenizer; they must agree."
+            )
+        config.grid_size = config.grid_size or list(own.latent_grid)
+        if config.grid_sizes != [own.latent_grid]:
+            raise ValueError(
+                f"The grid of latents is {own.latent_grid} in the model and {config.grid_sizes[0]} in its image "
+                "tokenizer; they must agree."
+            )
+
+    # Latents and tokens
+
+    def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (batch, h * w, latent_channels) to tokens (batch, tokens, token_size): channel, row, column."""
+        side = self.config.patch_size
+        if side == 1:
+            return latents
+        height, width = self.config.grid_sizes[0]
+        cells = latents.view(len(latents), height, side, width, side, -1)
+        return cells.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+
+    def from_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_tokens`."""
+        side = self.config.patch_size
+        if side == 1:
+            return tokens
+        height, width = self.config.grid_sizes[0]
+        cells = tokens.view(len(tokens), height, width, -1, side, side)
+        return cells.permute(0, 1, 4, 2, 5, 3).flatten(1, 4)
+
+    # Generation; see MaskedPredictor
+
+    def masked_hidden_states(
+        self, tokens: torch.Tensor, visible: torch.Tensor, condition: torch.Tensor, valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the head draws from at every place, (rows, tokens, decoder_hidden_size)."""
+        return self.model(tokens, visible, condition, valid).last_hidden_state
+
+    # Training
+
+    @torch.compiler.disable
+    def draw_mask(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """
+        The hidden tokens of each row, (batch_size, tokens) bool, as many in every row: drawn as by the authors, from
+        numpy's global generator, orders first.
+        """
+        tokens = self.config.num_image_tokens
+        orders = sampling.numpy_permutations(tokens, batch_size, device)
+        hidden = math.ceil(tokens * self.draw_mask_ratio())
+        mask = torch.zeros(batch_size, tokens, dtype=torch.bool, device=device)
+        return mask.scatter(1, orders[:, :hidden], True)
+
+    def draw_mask_ratio(self) -> float:
+        """A share of hidden tokens, from a normal distribution around 1 cut off at 1 and at `min_mask_ratio`."""
+        lowest = torch.tensor((self.config.min_mask_ratio - 1) / MASK_RATIO_STD, dtype=torch.float64)
+        below = torch.special.ndtr(lowest)
+        quantile = below + np.random.uniform() * (0.5 - below)
+        return 1 + MASK_RATIO_STD * torch.special.ndtri(quantile).item()
+
+    def draw_dropped_conditions(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Rows whose condition is dropped in training, (batch_size,) bool; drawn as by the authors."""
+        return torch.rand(batch_size, device=device) < self.config.condition_dropout
+
+    def forward(
+        self,
+        latents: torch.FloatTensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        prompt_ids: torch.LongTensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        mask: torch.BoolTensor | None = None,
+        noise_seeds: torch.LongTensor | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+    ) -> MarOutput | tuple:
+        """
+        Pass over a picture of which some tokens are hidden.
+
+        Args:
+            latents: (batch, h * w, latent_channels), scaled, as the tokenizer's `encode` gives them.
+            class_labels: (batch,) class of each picture, -1 for none.
+            prompt_embeds, prompt_ids, prompt_attention_mask: see `condition`.
+            pixel_values: (batch, channels, height, width) in [-1, 1], encoded here, instead of `latents`; in training mode
+                their latents are drawn.
+            labels: (batch, h * w, latent_channels), the latents to predict, normally `latents` themselves. With
+                `pixel_values` they are known already.
+            mask: (batch, tokens), nonzero at the tokens that are hidden, as many in every row; default: `draw_mask`.
+            noise_seeds: (batch,) int64, a seed for the noise of each picture, so that losses can be compared; default:
+                torch's global generator.
+            return_loss: with `pixel_values` and no `labels`, also compute the loss.
+
+        Raises:
+            ValueError: neither or both of latents and pixels, a condition that is missing, a mask that hides nothing, a shape
+                that does not fit.
+        """
+        generator = self._generators(noise_seeds)
+        latents, labels = self._latents_and_labels(latents, pixel_values, labels, return_loss, generator)
+        mask = self.draw_mask(len(latents), latents.device) if mask is None else self._checked(mask, latents)
+        drop = self.draw_dropped_conditions(len(latents), latents.device) if self.training else None
+        condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
+        if len(condition) != len(latents):
+            raise ValueError(f"There are {len(condition)} conditions for {len(latents)} pictures.")
+        tokens = self.to_tokens(latents)
+        known = int((~mask[0]).sum())
+        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :known]
+        seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        hidden = self.model(seen, visible, condition).last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = self.head.loss(self.to_tokens(labels), hidden, mask, generator)
+        output = MarOutput(loss=loss, last_hidden_state=hidden, mask=mask)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _generators(self, seeds: torch.Tensor | None) -> Generators:
+        if seeds is None:
+            return None
+        return [torch.Generator(self.input_device).manual_seed(seed) for seed in seeds.tolist()]
+
+    def _latents_and_labels(
+        self, latents: Any, pixel_values: Any, labels: Any, return_loss: bool, generator: Generators
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents and what to predict, from either kind of input."""
+        if (latents is None) == (pixel_values is None):
+            raise ValueError("Give either latents or pixel_values.")
+        if pixel_values is not None:
+            tokenizer = self.check_image_tokenizer()
+            with torch.no_grad():
+                latents = tokenizer.encode(pixel_values, sample=self.training, generator=generator)
+            labels = latents if labels is None and return_loss else labels
+        height, width = self.config.latent_grid
+        expected = (height * width, self.config.latent_channels)
+        for name, value in {"latents": latents, "labels": labels}.items():
+            if value is not None and (value.ndim != 3 or value.shape[1:] != expected):
+                raise ValueError(
+                    f"{name} have the shape {tuple(value.shape)}; pictures of this model have (batch, {expected[0]}, "
+                    f"{expected[1]})."
+                )
+        return latents, labels
+
+    def _checked(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """A given mask as bool."""
+        expected = (len(latents), self.config.num_image_tokens)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"mask has the shape {tuple(mask.shape)}; it must be {expected}.")
+        mask = mask.bool()
+        counts = mask.sum(dim=1)
+        if bool((counts != counts[0]).any()) or not bool(counts[0]):
+            raise ValueError(
+                f"mask hides {counts.tolist()} tokens; it must hide the same number in every row, and one at least."
+            )
+        return mask
