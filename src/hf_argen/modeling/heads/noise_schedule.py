@@ -6,6 +6,7 @@ arXiv 2102.09672), and the choice of fewer steps out of it.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -90,9 +91,7 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> np.ndarray:
         return math.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2
 
     left = [share_left(i / steps) for i in range(steps + 1)]
-    return np.array(
-        [min(1 - after / before, LARGEST_BETA) for before, after in zip(left[:-1], left[1:], strict=True)]
-    )
+    return np.array([min(1 - after / before, LARGEST_BETA) for before, after in pairwise(left)])
 
 
 @lru_cache(maxsize=256)

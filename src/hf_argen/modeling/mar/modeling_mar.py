@@ -213,7 +213,7 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
         projected = self.decoder_proj(encoded)
         batch, _, width = projected.shape
         everywhere = torch.arange(buffer + tokens, device=projected.device)
-        masked = self.mask_embedding(torch.zeros_like(visible[:, :1])).to(projected.dtype)
+        masked = self.mask_embedding(torch.zeros_like(everywhere[:1])).to(projected.dtype)
         # One place more, where padding goes.
         hidden_states = masked.expand(batch, buffer + tokens + 1, width)
         places = self._with_buffer(visible).unsqueeze(-1).expand(-1, -1, width)
