@@ -95,6 +95,8 @@ class MarPreTrainedModel(ArgenPreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MarLayer", "ModulatedBlock"]
     _keep_in_fp32_modules = ["image_tokenizer", "text_projection", "head"]
+    # Also beside bfloat16: the first step of a diffusion head multiplies its errors by several hundred.
+    _keep_in_fp32_modules_strict = ["head"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
