@@ -109,7 +109,9 @@ class ContinuousFamilyTests(FamilyTests):
                 model(**{**batch, "mask": mask})
         with pytest.raises(ValueError, match=r"mask has the shape \(4, 1\)"):
             model(**{**batch, "mask": uneven[:, :1]})
-        with pytest.raises(ValueError, match=r"latents have the shape .*; pictures of this model have \(batch"):
+        with pytest.raises(
+            ValueError, match=r"latents have the shape .*; pictures of this model have \(batch"
+        ):
             model(**{**batch, "latents": batch["latents"][:, 1:]})
 
     # Generation

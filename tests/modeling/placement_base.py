@@ -128,7 +128,9 @@ class PlacementTests:
             after = other.state_dict()
             assert after.keys() == before.keys()
             assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-            assert torch.equal(self.prediction(other(**batch)), logits) and torch.equal(self.greedy(other), ids)
+            assert torch.equal(self.prediction(other(**batch)), logits) and torch.equal(
+                self.greedy(other), ids
+            )
         self.check_plain(model, loaded, name)
         assert logits_cosine(self.prediction(loaded.to(torch.bfloat16)(**batch)), logits) > 0.98
 

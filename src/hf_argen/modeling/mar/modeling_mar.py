@@ -23,6 +23,7 @@ from ..heads.registry import build_head
 from ..layers.attention import HeadedAttention
 from ..layers.mlp import MLP
 from ..layers.precision import suited
+from ..tokenizers.configuration_grid import normalize_grid
 from ..vector_condition import VectorConditionMixin, VectorConditionModules
 from .configuration_mar import MarConfig
 
@@ -272,7 +273,7 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
                 f"latent_channels is {own.latent_channels} in the model and {config.latent_channels} in its image "
                 "tokenizer; they must agree."
             )
-        config.grid_size = config.grid_size or list(own.latent_grid)
+        config.grid_size = config.grid_size or normalize_grid(own.latent_grid)
         if config.grid_sizes != [own.latent_grid]:
             raise ValueError(
                 f"The grid of latents is {own.latent_grid} in the model and {config.grid_sizes[0]} in its image "
