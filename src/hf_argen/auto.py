@@ -122,7 +122,7 @@ FAMILIES = {
         Family(
             name="kl_vae",
             package="hf_argen.modeling.tokenizers.kl_vae",
-            title="KL-16, the autoencoder of MAR and the families after it",
+            title="KL-16, the autoencoder of MAR and the families after it (arXiv 2112.10752)",
             config="configuration_kl_vae.KlVaeConfig",
             base_model="modeling_kl_vae.KlVaeModel",
             picture_processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
