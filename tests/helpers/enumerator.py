@@ -101,6 +101,8 @@ class Enumerator:
     def normal(self, shape, generator, device) -> torch.Tensor:
         raise AssertionError("normal noise has no branches to follow; prove such a head by its moments")
 
+    rand = normal
+
     def gumbel(self, like: torch.Tensor, generator) -> torch.Tensor:
         raise AssertionError(
             "Gumbel noise has no branches to follow; prove a coupled method by a chi-square test"

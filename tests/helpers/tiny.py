@@ -213,6 +213,23 @@ SMALL_DIFFUSION = {
 }
 
 
+_SMALL = {"width": 16, "depth": 1}
+SMALL_HEADS = {
+    "diffusion": SMALL_DIFFUSION,
+    "flow": {"type": "flow", **_SMALL, "num_sampling_steps": 5, "batch_multiplier": 2},
+    "shortcut": {"type": "shortcut", **_SMALL, "num_sampling_steps": 4, "batch_multiplier": 2},
+    "mixture": {
+        "type": "mixture",
+        **_SMALL,
+        "num_heads": 2,
+        "num_components": 2,
+        "num_candidates": 20,
+    },
+    "energy": {"type": "energy", **_SMALL, "noise_size": 8},
+}
+"""A small head of each kind."""
+
+
 def mar_config(**changes) -> MarConfig:
     """A class-conditional MAR of one layer each and 4x4 tokens on that autoencoder, without dropout."""
     fields = {

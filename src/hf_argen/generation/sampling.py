@@ -32,6 +32,8 @@ class Randomness(Protocol):
 
     def normal(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor: ...
 
+    def rand(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor: ...
+
     def permutations(
         self, items: int, count: int, generator: Generators, device: torch.device
     ) -> torch.Tensor: ...
@@ -76,6 +78,12 @@ class TorchRandomness:
             rows = [torch.randn(*shape[1:], generator=one, device=device) for one in generator]
             return torch.stack(rows)
         return torch.randn(*shape, generator=generator, device=device)
+
+    def rand(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+        if isinstance(generator, Sequence):
+            rows = [torch.rand(*shape[1:], generator=one, device=device) for one in generator]
+            return torch.stack(rows)
+        return torch.rand(*shape, generator=generator, device=device)
 
     def permutations(
         self, items: int, count: int, generator: Generators, device: torch.device
@@ -130,6 +138,11 @@ def uniform(choices: int, count: int, generator: Generators, device: torch.devic
 def normal(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
     """Standard normal noise of the given shape (batch, ...), float32."""
     return _source.get().normal(shape, generator, device)
+
+
+def rand(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Uniform noise in [0, 1) of the given shape (batch, ...), float32."""
+    return _source.get().rand(shape, generator, device)
 
 
 def permutations(items: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:

@@ -45,8 +45,12 @@ class ModulatedBlock(nn.Module):
         self.fc2 = nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
 
-    def forward(self, hidden_states: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, activated: torch.Tensor, shift_scale: float = 1.0
+    ) -> torch.Tensor:
         shift, scale, gate = self.modulation(activated).chunk(3, dim=-1)
+        if shift_scale != 1.0:
+            shift = shift_scale * shift
         inner = self.norm(hidden_states) * (1 + scale) + shift
         return hidden_states + gate * self.fc2(F.silu(self.fc1(inner)))
 
@@ -74,7 +78,7 @@ class AdaLNMLP(nn.Module):
         in_channels, out_channels: of a token, and of the answer.
         hidden_size: of the hidden states.
         width, depth: of the network; residual blocks.
-        num_times: times that are embedded, each by an embedding of its own.
+        num_times: times that are embedded, each by an embedding of its own; may be 0.
     """
 
     def __init__(
@@ -120,12 +124,19 @@ class AdaLNMLP(nn.Module):
         """Hidden states (..., hidden_size) to (..., width)."""
         return self.condition_proj(suited(hidden, self.condition_proj))
 
-    def forward(self, tokens: torch.Tensor, times: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        times: torch.Tensor | None,
+        condition: torch.Tensor,
+        shift_scale: float = 1.0,
+    ) -> torch.Tensor:
         """
         Args:
             tokens: (n, in_channels); where `condition` has more rows, a whole multiple of n, they are repeated.
-            times: (n or 1, width) from `embed_times`.
+            times: (n or 1, width) from `embed_times`, if there are any.
             condition: (rows, width) from `embed_condition`.
+            shift_scale: factor on the shifts of the blocks.
 
         Returns:
             (rows, out_channels) float32.
@@ -133,7 +144,7 @@ class AdaLNMLP(nn.Module):
         hidden_states = self.input_proj(suited(tokens, self.input_proj))
         if len(condition) != len(hidden_states):
             hidden_states = hidden_states.repeat(len(condition) // len(hidden_states), 1)
-        activated = F.silu(times + condition)
+        activated = F.silu(condition if times is None else times + condition)
         for block in self.blocks:
-            hidden_states = block(hidden_states, activated)
+            hidden_states = block(hidden_states, activated, shift_scale)
         return self.output(hidden_states, activated).float()

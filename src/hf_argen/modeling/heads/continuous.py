@@ -141,6 +141,13 @@ class ContinuousHead(nn.Module):
         """Options of `sample` that only some heads have."""
         return set()
 
+    def check_num_steps(self, num_steps: int) -> None:
+        """Refuses a number of steps that the head cannot take."""
+
+    def nearest_num_steps(self, num_steps: int) -> int:
+        """The largest number of steps up to `num_steps` that the head can take."""
+        return num_steps
+
     def normal(
         self, shape: tuple[int, ...], like: torch.Tensor, generator: Generators, do_sample: bool = True
     ) -> torch.Tensor:

@@ -108,6 +108,9 @@ class DiffusionHead(ContinuousHead):
     def sample_options(cls) -> set[str]:
         return {"num_steps"}
 
+    def check_num_steps(self, num_steps: int) -> None:
+        respaced(num_steps)
+
     def draw(
         self,
         hidden: torch.Tensor,

@@ -7,8 +7,14 @@ from typing import Any
 
 from .continuous import ContinuousHead
 from .diffusion import DiffusionHead
+from .energy import EnergyHead
+from .flow import FlowHead
+from .mixture import MixtureHead
+from .shortcut import ShortcutHead
 
-HEADS: dict[str, type[ContinuousHead]] = {head.head_type: head for head in (DiffusionHead,)}
+HEADS: dict[str, type[ContinuousHead]] = {
+    head.head_type: head for head in (DiffusionHead, FlowHead, ShortcutHead, MixtureHead, EnergyHead)
+}
 
 
 def build_head(description: Mapping[str, Any], token_size: int, hidden_size: int) -> ContinuousHead:
