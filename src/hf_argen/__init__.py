@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .convert import convert_original
     from .generation import Decoding, compatible_decodings, generate
     from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
+    from .generation.decoding.diffusion_step_annealing import DiffusionStepAnnealing
     from .generation.decoding.grouped_speculative import GroupedSpeculative
     from .generation.decoding.masked import Masked
     from .generation.decoding.maximal_coupling_jacobi import MaximalCouplingJacobi
@@ -57,6 +58,7 @@ _SOURCES = {
     "MaskGitVQModel": "modeling.tokenizers.maskgit_vq.modeling_maskgit_vq",
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
     "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
+    "DiffusionStepAnnealing": "generation.decoding.diffusion_step_annealing",
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
     "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
     "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
@@ -99,6 +101,7 @@ __all__ = [
     "MaskGitVQModel",
     "MultiScaleVQConfig",
     "MultiScaleVQModel",
+    "DiffusionStepAnnealing",
     "GroupedSpeculative",
     "MaximalCouplingJacobi",
     "RelaxedAcceptance",

@@ -1,18 +1,22 @@
 """Masked generation against what MAR's code computed, and its own rules."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from hf_argen import Masked
+from hf_argen import DiffusionStepAnnealing, Masked, compatible_decodings
+from hf_argen.generation import sampling
 from hf_argen.generation.guidance import Guidance
 from hf_argen.generation.predictors.masked import MaskedPredictor
 from hf_argen.generation.schedules import MASK_SCHEDULES, hidden_after_steps
 from hf_argen.modeling.heads.noise_schedule import noise_schedule
 
+from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.goldens import assert_close, assert_same_image, golden
-from ..helpers.tiny import tiny_mar
+from ..helpers.tiny import SMALL_HEADS, tiny_mar
 
 RUNS = [("mar_tiny", name) for name in ("gen_a", "gen_b", "gen_c", "gen_d")]
 RUNS += [("mar_tiny_patch2", name) for name in ("gen_a", "gen_b")]
@@ -215,6 +219,162 @@ def test_every_step_sees_the_tokens_before_it():
     model.masked_hidden_states = spy
     assert torch.equal(model.generate(**options), plain)
     assert seen == [[list(range(count))] for count in range(16)]
+
+
+def test_confidence_takes_the_surest():
+    """Every step draws all hidden tokens and keeps those of the highest likelihood; rows of unequal length, too."""
+    model = tiny_mar(head_config=SMALL_HEADS["mixture"])
+    original, seen = model.head.confidence, []
+
+    def spy(tokens, hidden):
+        seen.append(original(tokens, hidden))
+        return seen[-1]
+
+    model.head.confidence = spy
+    options = {"return_dict_in_generate": True, "guidance_scale": 1.5}
+    decoding = Masked(num_steps=4, order="confidence")
+    orders = model.generate([1, 2], decoding=decoding, **options).orders
+    known = [16 - hidden for hidden in (16, *hidden_after_steps(16, 4, "cosine"))]
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    for step, confidence in enumerate(seen):
+        left = orders[:, known[step] :].sort(dim=1).values
+        count = known[step + 1] - known[step]
+        for row in range(2):
+            best = left[row][confidence[row].topk(count).indices]
+            assert set(best.tolist()) == set(orders[row, known[step] : known[step + 1]].tolist())
+    source, keep = torch.randn(2, 16, 4), torch.zeros(2, 4, 4)
+    keep[0, 0], keep[1, 1:3] = 1, 1
+    kept = model.generate([1, 2], latents=source, keep_mask=keep, decoding=decoding, **options)
+    fixed = keep.flatten(1).bool()
+    assert torch.equal(kept.sequences[fixed], source[fixed])
+    assert torch.equal(kept.orders.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    assert (kept.sequences[~fixed] != 0).any(dim=-1).all()
+    with pytest.raises(ValueError, match="A diffusion head does not tell how sure it is of a token"):
+        tiny_mar().generate([1], decoding=decoding)
+
+
+# The distribution
+
+
+class TwoValues(torch.nn.Module):
+    """A head whose tokens are 1 or -1 in all channels, with a probability that the hidden state decides."""
+
+    head_type, has_confidence, calls = "two_values", False, 0
+
+    def probability(self, hidden, guidance):
+        logits = hidden.sum(dim=-1) / 3
+        if guidance is not None:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + guidance * (conditional - unconditional)
+        return logits.sigmoid()
+
+    def sample(self, hidden, guidance=None, temperature=1.0, generator=None, do_sample=True):
+        high = self.probability(hidden, guidance)
+        drawn = sampling.categorical(torch.stack([1 - high, high], dim=-1), generator)
+        return (drawn * 2.0 - 1).unsqueeze(-1).expand(-1, -1, 4)
+
+
+@torch.no_grad()
+def by_brute_force(model, sizes, guidance):
+    """Probability of every picture of four tokens: over all orders, given what is known before each set."""
+    expected = {}
+    for order in itertools.permutations(range(4)):
+        for values in itertools.product((-1, 1), repeat=4):
+            probability, known = 1 / 24, 0
+            tokens = torch.tensor(values, dtype=torch.float)[None, :, None].expand(-1, -1, 4)
+            for size in sizes:
+                visible = torch.tensor([sorted(order[:known])], dtype=torch.long)
+                seen = tokens[:, visible[0]]
+                condition = torch.cat([model.condition(torch.tensor([2])), model.null_condition(1)])
+                hidden = model.masked_hidden_states(
+                    seen.repeat(2, 1, 1), visible.repeat(2, 1), condition, None
+                )
+                high = model.head.probability(hidden, guidance)[0]
+                for place in order[known : known + size]:
+                    chance = high[place].item()
+                    probability *= chance if values[place] == 1 else 1 - chance
+                known += size
+            expected[values] = expected.get(values, 0.0) + probability
+    return expected
+
+
+@pytest.mark.parametrize("steps, sizes", [(2, [2, 2]), (3, [1, 1, 2])])
+def test_distribution_by_all_branches(steps, sizes):
+    """Random orders, sets of tokens, guidance: every branch followed with its weight."""
+    torch.manual_seed(3)
+    model = tiny_mar(grid_size=2)
+    model.head = TwoValues()
+    assert [4 - hidden for hidden in hidden_after_steps(4, steps, "cosine")] == list(
+        itertools.accumulate(sizes)
+    )
+
+    def run():
+        drawn = model.generate(
+            [2], decoding=Masked(num_steps=steps), guidance_scale=1.5, guidance_schedule="constant"
+        )
+        return tuple(int(value) for value in drawn[0, :, 0])
+
+    found = Enumerator(most_runs=100_000).distribution(run)
+    assert_same_distribution(found, by_brute_force(model, sizes, 1.5))
+    with pytest.raises(AssertionError):
+        assert_same_distribution(found, by_brute_force(model, sizes, 1.0), tolerance=0.01)
+
+
+# Fewer steps of the head
+
+
+@pytest.mark.parametrize(
+    "annealing, expected",
+    [
+        ("linear", [50, 42, 35, 27, 20, 12, 5]),
+        ("cosine", [50, 46, 38, 27, 16, 8, 5]),
+        ("two_stage", [50, 50, 50, 5, 5, 5, 5]),
+        ("constant", [5] * 7),
+    ],
+)
+def test_annealed_steps(annealing, expected):
+    """The authors' formulas, for seven steps."""
+    decoding = DiffusionStepAnnealing(annealing=annealing)
+    assert [decoding.head_steps(step, 7) for step in range(7)] == expected
+    assert decoding.head_steps(0, 1) == 50
+
+
+def test_annealing_is_masked_generation_with_these_steps():
+    """Where least and most agree it is plain generation with so many; otherwise calls follow the schedule."""
+    model = tiny_mar()
+    options = {"class_labels": [1, 2], "guidance_scale": 1.5, "return_dict_in_generate": True}
+
+    def draw(decoding):
+        return model.generate(**options, decoding=decoding, generator=torch.Generator().manual_seed(0))
+
+    same = draw(DiffusionStepAnnealing(num_steps=4, most_head_steps=5, least_head_steps=5))
+    assert torch.equal(same.sequences, draw(Masked(num_steps=4)).sequences)  # its head has 5
+    annealed = draw(DiffusionStepAnnealing(num_steps=4, most_head_steps=8, least_head_steps=2))
+    assert annealed.head_calls == 8 + 6 + 4 + 2
+    shortcut = tiny_mar(head_config=SMALL_HEADS["shortcut"])
+    output = shortcut.generate(**options, decoding=DiffusionStepAnnealing(num_steps=2, most_head_steps=12))
+    assert output.head_calls == 8 + 4  # powers of two
+
+
+@pytest.mark.parametrize(
+    "decoding, message",
+    [
+        ({"most_head_steps": 0}, "most_head_steps is 0; it must be a whole number"),
+        ({"least_head_steps": 60}, "least_head_steps is 60, above most_head_steps, 50"),
+        ({"annealing": "exponential"}, "annealing is 'exponential'; known are linear"),
+        ({"most_head_steps": 2000}, "a training of 1000 steps has 1000 for 2000 of them"),
+    ],
+)
+def test_bad_annealing(decoding, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_mar().generate([1], decoding={"type": "diffusion_step_annealing", **decoding})
+
+
+def test_annealing_needs_a_head_of_steps():
+    model = tiny_mar(head_config=SMALL_HEADS["energy"])
+    assert compatible_decodings(model) == ["masked"]
+    with pytest.raises(ValueError, match="cannot be decoded by 'diffusion_step_annealing'; it can by masked"):
+        model.generate([1], decoding="diffusion_step_annealing")
 
 
 # Keeping a part

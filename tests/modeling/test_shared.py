@@ -311,7 +311,11 @@ class TestMar(ContinuousFamilyTests):
     num_tokens = 16
     num_hidden = 12
     picture = (3, 8, 8)
-    decodings = ["masked"]
+    decodings = ["diffusion_step_annealing", "masked"]
+
+    def make_decoding(self, name):
+        steps = {"most_head_steps": 4, "least_head_steps": 2} if name != "masked" else {}
+        return {"type": name, "num_steps": 3, **steps}
 
     def make_config(self, **changes) -> MarConfig:
         return mar_config(**changes)

@@ -13,7 +13,7 @@ from ..schedules import MASK_SCHEDULES, hidden_after_steps
 from .base import Decoding, DecodingResult, Guarantee, Request
 
 MOST_STEPS = 64  # unless the decoding says otherwise
-ORDERS = ("random", "raster", "numpy")
+ORDERS = ("random", "raster", "confidence", "numpy")
 
 
 @dataclass
@@ -29,21 +29,52 @@ class Plan:
     orders: torch.Tensor
     known: list[list[int]]
 
-    def positions(self, step: int) -> tuple[torch.Tensor, list[int]]:
+    def positions(self, step: int, is_sorted: bool = True) -> tuple[torch.Tensor, list[int]]:
         """
-        Positions (batch, n) of a step, row by row of the picture, and their number in each row. Shorter rows are padded with
-        the number of tokens.
+        Positions (batch, n) of a step, and their number in each row. Shorter rows are padded with the number of tokens.
+
+        Args:
+            is_sorted: row by row of the picture, not in the order.
         """
-        start, stop = self.known[step], self.known[step + 1]
+        return self._between(self.known[step], self.known[step + 1], is_sorted)
+
+    def remaining(self, step: int) -> tuple[torch.Tensor, list[int]]:
+        """As `positions`, of all that are not known before a step."""
+        return self._between(self.known[step], self.known[-1], is_sorted=True)
+
+    def _between(self, start: list[int], stop: list[int], is_sorted: bool) -> tuple[torch.Tensor, list[int]]:
         counts = [end - begin for begin, end in zip(start, stop, strict=True)]
         most, tokens = max(counts), self.orders.shape[1]
         if min(counts) == most and min(start) == max(start):
-            return self.orders[:, start[0] : stop[0]].sort(dim=1).values, counts
-        device = self.orders.device
-        places = torch.tensor(start, device=device)[:, None] + torch.arange(most, device=device)
-        inside = places < torch.tensor(stop, device=device)[:, None]
-        found = self.orders.gather(1, places.clamp(max=tokens - 1))
-        return torch.where(inside, found, tokens).sort(dim=1).values, counts
+            found = self.orders[:, start[0] : stop[0]]
+        else:
+            device = self.orders.device
+            places = torch.tensor(start, device=device)[:, None] + torch.arange(most, device=device)
+            inside = places < torch.tensor(stop, device=device)[:, None]
+            found = torch.where(inside, self.orders.gather(1, places.clamp(max=tokens - 1)), tokens)
+        return (found.sort(dim=1).values if is_sorted else found), counts
+
+    def surest_first(self, step: int, positions: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        """
+        Puts the positions that are not known before a step into the order of falling confidence.
+
+        Args:
+            positions, confidence: (batch, n), from `remaining`.
+
+        Returns:
+            (batch, most of the step), which of the n become known.
+        """
+        tokens = self.orders.shape[1]
+        padding = positions == tokens
+        ranked = confidence.masked_fill(padding, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        start = torch.tensor(self.known[step], device=positions.device)[:, None]
+        places = start + torch.arange(positions.shape[1], device=positions.device)
+        # One place more than there are positions: padding goes there.
+        room = torch.cat([self.orders, self.orders[:, :1]], dim=1)
+        sorted_positions = positions.gather(1, ranked)
+        self.orders = room.scatter(1, places.clamp(max=tokens), sorted_positions)[:, :tokens]
+        counts = [stop - begin for begin, stop in zip(self.known[step], self.known[step + 1], strict=True)]
+        return ranked[:, : max(counts)]
 
 
 @dataclass
@@ -53,7 +84,8 @@ class Masked(Decoding):
 
     Args:
         num_steps: sets of tokens, at most one per token; default: 64, or one per token of smaller pictures.
-        order: "random"; "raster", row by row; "numpy", random orders from numpy's global generator, as the authors'
+        order: "random"; "raster", row by row; "confidence", always the tokens that the head is surest of once all hidden ones
+            are drawn, for heads that can tell (arXiv 2202.04200); "numpy", random orders from numpy's global generator, as the authors'
             sampler draws them, so that its seeds give its pictures; or a permutation of the positions, one for all
             pictures or a list of one for each. Without sampling "random" is one fixed order.
         schedule: how fast the share of hidden tokens falls: "cosine", "linear", "arccos", "square_root" or "square".
@@ -90,8 +122,7 @@ class Masked(Decoding):
         predictor = request.predictor
         predictor.start(request.inputs)
         self.check_rows(request, predictor.batch_size)
-        head = request.model.head
-        calls_before = head.calls
+        calls_before = request.model.head.calls
         plan = self.plan(request, predictor)
         if request.edit is not None:
             self.keep_source(request, predictor, plan)
@@ -111,14 +142,15 @@ class Masked(Decoding):
             steps=taken,
             forward_calls=predictor.calls,
             is_finite=torch.isfinite(sequences).all(),
-            details={"orders": plan.orders, "head_calls": head.calls - calls_before},
+            details={"orders": plan.orders, "head_calls": request.model.head.calls - calls_before},
         )
 
     def step(
         self, request: Request, predictor: MaskedPredictor, plan: Plan, step: int, num_steps: int
     ) -> None:
         """Predicts, draws and commits the tokens of one step."""
-        positions, counts = plan.positions(step)
+        is_sorted = self.order == "confidence"
+        positions, counts = (plan.remaining if is_sorted else plan.positions)(step)
         hidden = predictor.predict(positions=positions)
         guidance = None
         if predictor.is_guided:
@@ -126,7 +158,8 @@ class Masked(Decoding):
             known = min(min(plan.known[step + 1]), predictor.capacity - 1)
             guidance = 1 + predictor.strength(step, num_steps, known)
         config = request.generation_config
-        tokens = request.model.head.sample(
+        head = request.model.head
+        tokens = head.sample(
             hidden,
             guidance,
             temperature=config.temperature if config.do_sample and config.temperature else 1.0,
@@ -134,6 +167,11 @@ class Masked(Decoding):
             do_sample=bool(config.do_sample),
             **self.head_options(request, predictor, plan, step),
         )
+        if is_sorted:
+            confidence = head.confidence(tokens, hidden[: predictor.batch_size])
+            places = plan.surest_first(step, positions, confidence)
+            tokens = tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            positions, counts = plan.positions(step, is_sorted=False)
         predictor.commit(tokens, positions, counts)
         if request.streamer is not None:
             request.streamer.put(request.model.decode_images(request.model.from_tokens(predictor.tokens)))
@@ -177,7 +215,7 @@ class Masked(Decoding):
         if isinstance(self.order, list):
             orders = torch.tensor(self.order, device=device)
             return orders.expand(batch, -1) if orders.ndim == 1 else orders
-        if self.order == "raster":
+        if self.order in ("raster", "confidence"):
             return torch.arange(total, device=device).expand(batch, -1)
         if not request.generation_config.do_sample:
             fixed = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -206,6 +244,10 @@ class Masked(Decoding):
                 f"num_steps is {self.num_steps}; this model has {total} tokens, and every step predicts one at least."
             )
         self.check_order(total)
+        if self.order == "confidence" and not request.model.head.has_confidence:
+            raise ValueError(
+                f"A {request.model.head.head_type} head does not tell how sure it is of a token; take another order."
+            )
         if self.order == "numpy" and _compat.tensor_parallel_group(request.model) is not None:
             raise ValueError(
                 "order='numpy' differs between the processes of tensor parallelism; take order='random'."

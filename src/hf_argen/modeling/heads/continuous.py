@@ -22,10 +22,12 @@ class ContinuousHead(nn.Module):
 
     Attributes:
         head_type: its name in the configuration.
+        has_confidence: whether `confidence` says how sure the head is of a token.
         calls: times that its network was run so far, over all tokens of a step together.
     """
 
     head_type: ClassVar[str]
+    has_confidence: ClassVar[bool] = False
 
     def __init__(self, token_size: int, hidden_size: int, batch_multiplier: int = 1):
         super().__init__()
@@ -140,6 +142,10 @@ class ContinuousHead(nn.Module):
     def sample_options(cls) -> set[str]:
         """Options of `sample` that only some heads have."""
         return set()
+
+    def confidence(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """How sure the head is of tokens (batch, n, token_size) given hidden states, (batch, n); if it can say."""
+        raise ValueError(f"A {self.head_type} head does not tell how sure it is of a token.")
 
     def check_num_steps(self, num_steps: int) -> None:
         """Refuses a number of steps that the head cannot take."""

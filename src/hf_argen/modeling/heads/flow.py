@@ -57,7 +57,7 @@ class FlowHead(ContinuousHead):
         self, target: torch.Tensor, hidden: torch.Tensor, generator: Generators = None
     ) -> torch.Tensor:
         """Squared error of the velocity at a random time, mean over channels and repetitions, (batch, n)."""
-        batch, n, channels = target.shape
+        batch, n, _ = target.shape
         times, noise = self.draw_times_and_noise(target, generator)
         tiled = target.expand(self.batch_multiplier, -1, -1, -1).flatten(0, 2)
         condition = self.net.embed_condition(hidden).expand(self.batch_multiplier, -1, -1, -1).flatten(0, 2)

@@ -77,7 +77,7 @@ class ShortcutHead(FlowHead):
         self, target: torch.Tensor, hidden: torch.Tensor, generator: Generators = None
     ) -> torch.Tensor:
         """Squared error of the velocity or, in the last repetitions, of agreement with two shorter steps, (batch, n)."""
-        batch, n, channels = target.shape
+        batch, n, _ = target.shape
         times, noise = self.draw_times_and_noise(target, generator)
         levels = self.draw_levels(target, generator)
         agreeing = max(1, self.batch_multiplier // CONSISTENT_SHARE)
