@@ -44,7 +44,7 @@ def test_constants(case):
             process = noise_schedule({"full": "1000"}.get(steps, steps.replace("_", ",")), CPU)
             assert torch.equal(getattr(process, NAMES[name]), expected), key
             compared += 1
-    assert compared > 30
+    assert compared > 15
 
 
 @torch.no_grad()

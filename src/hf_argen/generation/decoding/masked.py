@@ -154,9 +154,7 @@ class Masked(Decoding):
         hidden = predictor.predict(positions=positions)
         guidance = None
         if predictor.is_guided:
-            # The authors count one token as hidden to the end.
-            known = min(min(plan.known[step + 1]), predictor.capacity - 1)
-            guidance = 1 + predictor.strength(step, num_steps, known)
+            guidance = self.guidance(predictor, plan, step, num_steps)
         config = request.generation_config
         head = request.model.head
         tokens = head.sample(
@@ -175,6 +173,15 @@ class Masked(Decoding):
         predictor.commit(tokens, positions, counts)
         if request.streamer is not None:
             request.streamer.put(request.model.decode_images(request.model.from_tokens(predictor.tokens)))
+
+    @staticmethod
+    def guidance(predictor: MaskedPredictor, plan: Plan, step: int, num_steps: int) -> float | torch.Tensor:
+        """Weight of the conditional prediction; one for each row (batch,) where they know unequal numbers of tokens."""
+        # The authors count one token as hidden to the end.
+        known = [min(count, predictor.capacity - 1) for count in plan.known[step + 1]]
+        weights = [1 + predictor.strength(step, num_steps, count) for count in known]
+        same = all(weight == weights[0] for weight in weights)
+        return weights[0] if same else torch.tensor(weights, device=predictor.tokens.device)
 
     def head_options(
         self, request: Request, predictor: MaskedPredictor, plan: Plan, step: int

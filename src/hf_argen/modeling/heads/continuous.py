@@ -51,13 +51,13 @@ class ContinuousHead(nn.Module):
     def draw(
         self,
         hidden: torch.Tensor,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,
         **options: Any,
     ) -> torch.Tensor:
-        """See `sample`; the arguments are checked."""
+        """See `sample`; the arguments are checked, guidance of several rows is (batch * n, 1)."""
 
     def loss(
         self,
@@ -95,7 +95,7 @@ class ContinuousHead(nn.Module):
     def sample(
         self,
         hidden: torch.Tensor,
-        guidance: float | None = None,
+        guidance: float | torch.Tensor | None = None,
         temperature: float = 1.0,
         generator: Generators = None,
         do_sample: bool = True,
@@ -106,7 +106,8 @@ class ContinuousHead(nn.Module):
 
         Args:
             hidden: (batch, n, hidden_size); with `guidance` (2 * batch, n, hidden_size), conditional rows first.
-            guidance: weight of the conditional against the unconditional prediction; `None`: no guidance.
+            guidance: weight of the conditional against the unconditional prediction, or one for each row (batch,); `None`:
+                no guidance.
             temperature: above 0; what it scales is the head's matter.
             generator: one, or one per row; `None` is torch's global one.
             do_sample: `False` takes zero for all noise.
@@ -136,6 +137,8 @@ class ContinuousHead(nn.Module):
                 f"A {self.head_type} head has no option {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(sorted(self.sample_options())) or 'none'}."
             )
+        if isinstance(guidance, torch.Tensor):
+            guidance = guidance.repeat_interleave(hidden.shape[1]).unsqueeze(-1)
         return self.draw(hidden, guidance, temperature, generator, do_sample, **options)
 
     @classmethod

@@ -114,7 +114,7 @@ class DiffusionHead(ContinuousHead):
     def draw(
         self,
         hidden: torch.Tensor,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,
@@ -151,7 +151,7 @@ class DiffusionHead(ContinuousHead):
         times: torch.Tensor,
         condition: torch.Tensor,
         noises: list[torch.Tensor],
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
     ) -> torch.Tensor:
         """

@@ -81,20 +81,21 @@ class EnergyHead(ContinuousHead):
     def draw(
         self,
         hidden: torch.Tensor,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,
         **options: Any,
     ) -> torch.Tensor:
         """The temperature scales how far the noise shifts the blocks; guidance works on the hidden states."""
+        batch, n = len(hidden) // (1 if guidance is None else 2), hidden.shape[1]
+        hidden = hidden.flatten(0, 1).float()
         if guidance is not None:
-            conditional, unconditional = hidden.float().chunk(2)
+            conditional, unconditional = hidden.chunk(2)
             hidden = guidance * conditional + (1 - guidance) * unconditional
-        batch, n, _ = hidden.shape
         noise = torch.zeros(batch, n, self.noise_size, device=hidden.device)
         if do_sample:
             noise = sampling.rand(noise.shape, generator, hidden.device) - 0.5
         self.calls += 1
-        made = self.make(hidden.flatten(0, 1), noise.flatten(0, 1), temperature)
+        made = self.make(hidden, noise.flatten(0, 1), temperature)
         return made.view(batch, n, self.token_size)

@@ -94,7 +94,7 @@ class FlowHead(ContinuousHead):
     def draw(
         self,
         hidden: torch.Tensor,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,
@@ -120,7 +120,12 @@ class FlowHead(ContinuousHead):
         return tokens.view(batch, n, self.token_size)
 
     def follow(
-        self, tokens: torch.Tensor, condition: torch.Tensor, guidance: float | None, steps: int, solver: str
+        self,
+        tokens: torch.Tensor,
+        condition: torch.Tensor,
+        guidance: float | torch.Tensor | None,
+        steps: int,
+        solver: str,
     ) -> torch.Tensor:
         """From noise (rows, token_size) to tokens, without anything in between that waits for the device."""
         grid = torch.arange(2 * steps + 1, device=tokens.device) / (
@@ -140,7 +145,11 @@ class FlowHead(ContinuousHead):
         return tokens
 
     def velocity(
-        self, tokens: torch.Tensor, times: torch.Tensor, condition: torch.Tensor, guidance: float | None
+        self,
+        tokens: torch.Tensor,
+        times: torch.Tensor,
+        condition: torch.Tensor,
+        guidance: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """Guided velocity of tokens (rows, token_size) at one embedded time."""
         velocity = self.net(tokens, times, condition)

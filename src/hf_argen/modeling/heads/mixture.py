@@ -212,7 +212,7 @@ class MixtureHead(ContinuousHead):
     def draw(
         self,
         hidden: torch.Tensor,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,
@@ -243,7 +243,7 @@ class MixtureHead(ContinuousHead):
         found: Mixture,
         batch: int,
         n: int,
-        guidance: float | None,
+        guidance: float | torch.Tensor | None,
         temperature: float,
         generator: Generators,
         do_sample: bool,

@@ -126,7 +126,12 @@ class ShortcutHead(FlowHead):
         return ((first + second) / 2).view(shape)
 
     def follow(
-        self, tokens: torch.Tensor, condition: torch.Tensor, guidance: float | None, steps: int, solver: str
+        self,
+        tokens: torch.Tensor,
+        condition: torch.Tensor,
+        guidance: float | torch.Tensor | None,
+        steps: int,
+        solver: str,
     ) -> torch.Tensor:
         grid = torch.arange(steps, device=tokens.device) / steps
         levels = torch.full_like(grid, steps.bit_length() - 1)
