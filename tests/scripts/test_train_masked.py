@@ -70,14 +70,19 @@ def test_a_killed_run_goes_on(script, emoji, options, tmp_path):
     """Resumed from a checkpoint in its middle, training ends with the same weights."""
     shared = sys.modules["emoji_training"]
     tokenizer = script.train_tokenizer(
-        script.build_tokenizer, emoji, short(script.TOKENIZER_STAGE), options
-    )  # from its folder
+        script.build_tokenizer,
+        emoji,
+        short(script.TOKENIZER_STAGE),
+        options,
+        trainer_class=script.AutoencoderTrainer,
+        finish=script.set_latent_scale,
+    )
     processor = script.prompt_processor(emoji, options.output / "processor", script.LlamaGenProcessor)
     ends = []
     for kind in ("whole", "resumed"):
         folder = tmp_path / kind
         if kind == "resumed":  # what a kill leaves
-            (folder / "x").parent.mkdir()
+            folder.mkdir()
             checkpoints = sorted(
                 (tmp_path / "whole").glob("checkpoint-*"), key=lambda one: int(one.name[11:])
             )
