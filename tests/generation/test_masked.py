@@ -212,9 +212,9 @@ def test_every_step_sees_the_tokens_before_it():
     seen = []
     original = model.masked_hidden_states
 
-    def spy(tokens, visible, condition, valid):
+    def spy(tokens, visible, conditions, valid):
         seen.append(visible.tolist())
-        return original(tokens, visible, condition, valid)
+        return original(tokens, visible, conditions, valid)
 
     model.masked_hidden_states = spy
     assert torch.equal(model.generate(**options), plain)
@@ -285,10 +285,10 @@ def by_brute_force(model, sizes, guidance):
             for size in sizes:
                 visible = torch.tensor([sorted(order[:known])], dtype=torch.long)
                 seen = tokens[:, visible[0]]
-                condition = torch.cat([model.condition(torch.tensor([2])), model.null_condition(1)])
-                hidden = model.masked_hidden_states(
-                    seen.repeat(2, 1, 1), visible.repeat(2, 1), condition, None
-                )
+                own = model.conditions(class_labels=torch.tensor([2]))
+                null = model.null_conditions(own)
+                both = {name: torch.cat([value, null[name]]) for name, value in own.items()}
+                hidden = model.masked_hidden_states(seen.repeat(2, 1, 1), visible.repeat(2, 1), both, None)
                 high = model.head.probability(hidden, guidance)[0]
                 for place in order[known : known + size]:
                     chance = high[place].item()

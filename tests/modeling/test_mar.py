@@ -45,14 +45,14 @@ def test_encoder_and_decoder(case, model):
     visible = torch.argsort(mask.byte(), dim=1, stable=True)[:, : int((~mask[0]).sum())]
     tokens = tensors["patchified"]
     seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-    condition = model.condition(tensors["labels"])
-    assert_close(model.model.encode(seen, visible, condition, None), tensors["encoder_out"])
-    assert_close(model.model(seen, visible, condition).last_hidden_state, tensors["z"])
-    null = model.null_condition(len(tokens))
-    assert_close(model.model(seen, visible, null).last_hidden_state, tensors["uncond.z"])
-    nothing = (seen[:, :0], visible[:, :0], condition)
-    assert_close(model.model.encode(*nothing, None), tensors["all_masked.encoder_out"])
-    assert_close(model.model(*nothing).last_hidden_state, tensors["all_masked.z"])
+    conditions = model.conditions(class_labels=tensors["labels"])
+    assert_close(model.model.encode(seen, visible, **conditions), tensors["encoder_out"])
+    assert_close(model.model(seen, visible, **conditions).last_hidden_state, tensors["z"])
+    null = model.null_conditions(conditions)
+    assert_close(model.model(seen, visible, **null).last_hidden_state, tensors["uncond.z"])
+    nothing = (seen[:, :0], visible[:, :0])
+    assert_close(model.model.encode(*nothing, **conditions), tensors["all_masked.encoder_out"])
+    assert_close(model.model(*nothing, **conditions).last_hidden_state, tensors["all_masked.z"])
     output = model(latents=latents_of(case), class_labels=tensors["labels"], mask=mask)
     assert_close(output.last_hidden_state, tensors["z"])
     assert output.loss is None
@@ -66,12 +66,13 @@ def test_rows_of_unequal_length(case, model):
     visible = torch.stack([torch.arange(5), torch.tensor([1, 3, total, total, total])])
     valid = visible < total
     seen = tokens.gather(1, visible.clamp(max=total - 1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-    condition = model.condition(case.tensors["labels"][:2])
-    together = model.model(seen, visible, condition, valid).last_hidden_state
+    conditions = model.conditions(class_labels=case.tensors["labels"][:2])
+    together = model.masked_hidden_states(seen, visible, conditions, valid)
     for row, count in enumerate((5, 2)):
-        alone = model.model(
-            seen[row : row + 1, :count], visible[row : row + 1, :count], condition[row : row + 1]
-        ).last_hidden_state
+        own = {name: value[row : row + 1] for name, value in conditions.items()}
+        alone = model.masked_hidden_states(
+            seen[row : row + 1, :count], visible[row : row + 1, :count], own, None
+        )
         assert_close(together[row : row + 1], alone, 1e-5)
 
 

@@ -346,3 +346,24 @@ class TestMarOfPatches(TestMar):
         mask = torch.ones_like(ids)
         mask[0, 3:] = 0
         return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
+
+
+class TestFluid(TestMar):
+    """Caption tokens through layers of their own, to which every layer attends (arXiv 2410.13863)."""
+
+    def make_config(self, **changes):
+        fields = {
+            "condition_type": "text",
+            "text_embed_dim": 12,
+            "text_conditioning": "cross_attention",
+            "num_text_layers": 1,
+        }
+        return super().make_config(**{**fields, **changes})
+
+    def conditions(self, size):
+        generator = torch.Generator().manual_seed(1)
+        mask = (torch.arange(6)[None] <= torch.arange(size)[:, None] % 4 + 1).long()
+        return {
+            "prompt_embeds": torch.randn(size, 6, 12, generator=generator),
+            "prompt_attention_mask": mask,
+        }

@@ -11,7 +11,7 @@ from .base import Predictor
 
 class MaskedPredictor(Predictor):
     """
-    Drives a model that has `condition`, `null_condition`, `masked_hidden_states` and a head of continuous tokens.
+    Drives a model that has `conditions`, `null_conditions`, `masked_hidden_states` and a head of continuous tokens.
 
     What is committed are tokens at positions. The model sees all of them from both sides, so nothing of a call can be kept
     for the next one. Rows may have unequal numbers of tokens.
@@ -36,14 +36,15 @@ class MaskedPredictor(Predictor):
         Reads the request without predicting anything yet.
 
         Args:
-            inputs: keywords of the model's `condition`.
+            inputs: keywords of the model's `conditions`.
         """
-        condition = self.model.condition(**inputs)
-        self.batch_size = len(condition)
+        conditions = self.model.conditions(**inputs)
+        first = next(iter(conditions.values()))
+        self.batch_size, device = len(first), first.device
         if self.is_guided:
-            condition = torch.cat([condition, self.model.null_condition(self.batch_size)])
-        self._condition = condition
-        device = condition.device
+            null = self.model.null_conditions(conditions)
+            conditions = {name: torch.cat([value, null[name]]) for name, value in conditions.items()}
+        self._conditions = conditions
         # One place more than there are positions: what pads shorter rows goes there.
         self._tokens = torch.zeros(
             self.batch_size, self.capacity + 1, self.model.config.token_size, device=device
@@ -99,7 +100,7 @@ class MaskedPredictor(Predictor):
             seen, visible = seen.repeat(2, 1, 1), visible.repeat(2, 1)
             valid = None if valid is None else valid.repeat(2, 1)
             positions = None if positions is None else positions.repeat(2, 1)
-        hidden = self.model.masked_hidden_states(seen, visible, self._condition, valid)
+        hidden = self.model.masked_hidden_states(seen, visible, self._conditions, valid)
         self.calls += 1
         if positions is None:
             return hidden
@@ -141,7 +142,7 @@ class MaskedPredictor(Predictor):
     def _select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, device=self._tokens.device)
         paired = torch.cat([index, index + self.batch_size]) if self.is_guided else index
-        self._condition = self._condition.index_select(0, paired)
+        self._conditions = {name: value.index_select(0, paired) for name, value in self._conditions.items()}
         self._tokens, self._known = self._tokens[index], self._known[index]
         self.lengths = [self.lengths[row] for row in rows]
         self.batch_size = len(rows)

@@ -11,10 +11,13 @@ from ..layers.sub_config import as_config
 from ..tokenizers.configuration_grid import as_sides, normalize_grid
 from ..tokenizers.kl_vae.configuration_kl_vae import RELEASED_SCALE, KlVaeConfig
 
+TEXT_CONDITIONINGS = ("pooled", "prefix", "cross_attention")
+
 
 class MarConfig(PreTrainedConfig):
     r"""
-    Configuration of [`MarForImageGeneration`] (MAR, arXiv 2406.11838). The defaults are the released MAR-B.
+    Configuration of [`MarForImageGeneration`] (MAR, arXiv 2406.11838; its text-conditional form Fluid, arXiv 2410.13863).
+    The defaults are the released MAR-B.
 
     Args:
         image_tokenizer_config: configuration of the visual tokenizer, by default that of the released KL-16. `None`
@@ -27,12 +30,16 @@ class MarConfig(PreTrainedConfig):
             decoder; by default as the encoder.
         hidden_act, layer_norm_eps: of both.
         hidden_dropout, attention_dropout: in training.
-        num_buffer_tokens: positions before the picture that hold the condition.
+        num_buffer_tokens: positions before the picture that hold the condition; with `text_conditioning="prefix"` the
+            most tokens of a prompt.
         head_config: the head by its name as `type`, and its options; see `hf_argen.modeling.heads`.
         min_mask_ratio: least share of tokens that training hides; the share is drawn near 1, see `draw_mask_ratio`.
         condition_type: "class" or "text".
         num_classes: classes of a class-conditional model.
-        text_embed_dim: width of the pooled text embedding of a text-conditional model.
+        text_conditioning: how a text-conditional model reads captions: "pooled", one vector; "prefix", their tokens
+            before the picture; "cross_attention", every layer attends to them, as in Fluid.
+        num_text_layers: layers for the tokens of captions alone, which are not pooled; Fluid has 6.
+        text_embed_dim: width of the text embeddings of a text-conditional model.
         text_encoder_config: configuration of a text encoder inside the model (any encoder of transformers); `None`
             when embeddings are given as `prompt_embeds`.
         condition_dropout: share of training rows whose condition is replaced by the null condition.
@@ -65,6 +72,8 @@ class MarConfig(PreTrainedConfig):
     min_mask_ratio: float = 0.7
     condition_type: str = "class"
     num_classes: int = 1000
+    text_conditioning: str = "pooled"
+    num_text_layers: int = 0
     text_embed_dim: int | None = None
     text_encoder_config: dict | PreTrainedConfig | None = None
     condition_dropout: float = 0.1
@@ -76,6 +85,15 @@ class MarConfig(PreTrainedConfig):
         check_positive(self, ("patch_size",))
         self._complete_from_tokenizer()
         complete_condition(self)
+        if self.text_conditioning not in TEXT_CONDITIONINGS:
+            raise ValueError(
+                f"text_conditioning is {self.text_conditioning!r}; known are {', '.join(TEXT_CONDITIONINGS)}."
+            )
+        if self.num_text_layers and self.conditioning == "vector":
+            raise ValueError(
+                f"num_text_layers is {self.num_text_layers}; only models that read the tokens of captions have such layers: "
+                "set text_conditioning to 'prefix' or 'cross_attention'."
+            )
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, f"decoder_{name}") is None:
                 setattr(self, f"decoder_{name}", getattr(self, name))
@@ -113,13 +131,19 @@ class MarConfig(PreTrainedConfig):
         if tokenizer is not None and tokenizer.grid_size is None:
             tokenizer.grid_size = normalize_grid(self.latent_grid)
 
-    @staticmethod
-    def _tensor_parallel_plan() -> dict[str, str]:
+    @property
+    def conditioning(self) -> str:
+        """How the condition enters: "vector", "prefix" or "cross_attention"."""
+        reads_tokens = self.condition_type == "text" and self.text_conditioning != "pooled"
+        return self.text_conditioning if reads_tokens else "vector"
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers splits the modules of [`MarModel`] over devices; attention is split by heads."""
         plan = {}
         for layers in ("encoder_layers.*", "decoder_layers.*"):
-            plan |= {f"{layers}.self_attn.{name}_proj": "colwise" for name in "qkv"}
-            plan |= {f"{layers}.self_attn.o_proj": "rowwise"}
+            for attention in ("self_attn", "cross_attn")[: 1 + (self.conditioning == "cross_attention")]:
+                plan |= {f"{layers}.{attention}.{name}_proj": "colwise" for name in "qkv"}
+                plan |= {f"{layers}.{attention}.o_proj": "rowwise"}
             plan |= {f"{layers}.mlp.fc1": "colwise", f"{layers}.mlp.fc2": "rowwise"}
         return plan
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
@@ -20,11 +19,11 @@ from ...generation.sampling import Generators
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.continuous import ContinuousHead
 from ..heads.registry import build_head
-from ..layers.attention import HeadedAttention
-from ..layers.mlp import MLP
 from ..layers.precision import suited
+from ..layers.prenorm import PreNormLayer
+from ..token_condition import TokenConditionModules, additive_mask
 from ..tokenizers.configuration_grid import normalize_grid
-from ..vector_condition import VectorConditionMixin, VectorConditionModules
+from ..vector_condition import VectorConditionMixin
 from .configuration_mar import MarConfig
 
 MASK_RATIO_STD = (
@@ -48,43 +47,6 @@ class MarOutput(ModelOutput):
     mask: torch.BoolTensor | None = None
 
 
-class MarAttention(HeadedAttention):
-    """Multi-head self-attention over all positions."""
-
-    def __init__(self, config: MarConfig, hidden_size: int, num_attention_heads: int):
-        super().__init__()
-        self.config = config
-        self.head_dim = hidden_size // num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.o_proj = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.attend(*self.heads(hidden_states), attention_mask, None)
-
-
-class MarLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward block, each behind a norm."""
-
-    def __init__(self, config: MarConfig, hidden_size: int, num_attention_heads: int, intermediate_size: int):
-        super().__init__()
-        self.input_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
-        self.self_attn = MarAttention(config, hidden_size, num_attention_heads)
-        self.post_attention_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
-        dropout = config.hidden_dropout
-        self.mlp = MLP(hidden_size, intermediate_size, config.hidden_act, dropout, inner_dropout=dropout)
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), attention_mask)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
 class MarPreTrainedModel(ArgenPreTrainedModel):
     """Weight initialisation and switches of the family."""
 
@@ -94,7 +56,7 @@ class MarPreTrainedModel(ArgenPreTrainedModel):
     main_input_name = "class_labels"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MarLayer", "ModulatedBlock"]
+    _no_split_modules = ["PreNormLayer", "ModulatedBlock"]
     _keep_in_fp32_modules = ["image_tokenizer", "text_projection", "head"]
     # Also beside bfloat16: the first step of a diffusion head multiplies its errors by several hundred.
     _keep_in_fp32_modules_strict = ["head"]
@@ -118,10 +80,10 @@ class MarPreTrainedModel(ArgenPreTrainedModel):
             init.zeros_(module.bias)
 
 
-class MarModel(VectorConditionModules, MarPreTrainedModel):
+class MarModel(TokenConditionModules, MarPreTrainedModel):
     """
-    The transformer without head. The encoder reads the condition, repeated in a buffer, and the known tokens; the decoder
-    these and a mask token at every hidden place.
+    The transformer without head. The encoder reads a prefix, the condition repeated or the tokens of a caption, and the known
+    tokens; the decoder these and a mask token at every hidden place.
     """
 
     parts_of_larger_models = ("head.", "image_tokenizer.")
@@ -135,11 +97,19 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
             self.null_embedding = nn.Embedding(1, hidden)
         else:
             self.add_condition_modules(config)
+        sizes = (hidden, config.num_attention_heads, config.intermediate_size)
+        reads_text = config.conditioning == "cross_attention"
+        if config.conditioning != "vector":
+            text_layers = (PreNormLayer(config, *sizes) for _ in range(config.num_text_layers))
+            self.add_token_modules(text_layers, hidden, config.layer_norm_eps)
+        if reads_text:
+            self.buffer_embedding = nn.Embedding(1, hidden)
         self.embed_tokens = nn.Linear(config.token_size, hidden)
         self.encoder_position_embedding = nn.Embedding(positions, hidden)
         self.embed_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
-        sizes = (hidden, config.num_attention_heads, config.intermediate_size)
-        self.encoder_layers = nn.ModuleList(MarLayer(config, *sizes) for _ in range(config.num_hidden_layers))
+        self.encoder_layers = nn.ModuleList(
+            PreNormLayer(config, *sizes, reads_text) for _ in range(config.num_hidden_layers)
+        )
         self.encoder_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
 
         width = config.decoder_hidden_size
@@ -148,7 +118,7 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
         self.decoder_position_embedding = nn.Embedding(positions, width)
         sizes = (width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
         self.decoder_layers = nn.ModuleList(
-            MarLayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)
+            PreNormLayer(config, *sizes, reads_text) for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.head_position_embedding = nn.Embedding(tokens, width)
@@ -170,11 +140,23 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
         null = self.null_embedding(torch.zeros_like(class_labels))
         return torch.where(is_null[:, None], null, self.class_embedding(class_labels.clamp(0, classes - 1)))
 
+    def vector_prefix(self, condition: torch.Tensor) -> torch.Tensor:
+        """A condition (batch, hidden_size) repeated in the buffer, (batch, num_buffer_tokens, hidden_size)."""
+        return condition.unsqueeze(1).expand(-1, self.config.num_buffer_tokens, -1)
+
+    def empty_prefix(self, batch_size: int) -> torch.Tensor:
+        """A buffer that says nothing, for models that attend to captions."""
+        rows = torch.zeros(batch_size, dtype=torch.long, device=self.buffer_embedding.weight.device)
+        return self.vector_prefix(self.buffer_embedding(rows))
+
     def forward(
         self,
         tokens: torch.FloatTensor,
         visible: torch.LongTensor,
-        condition: torch.FloatTensor,
+        prefix: torch.FloatTensor,
+        prefix_mask: torch.BoolTensor | None = None,
+        text: torch.FloatTensor | None = None,
+        text_mask: torch.BoolTensor | None = None,
         valid: torch.BoolTensor | None = None,
         return_dict: bool = True,
     ) -> BaseModelOutput | tuple:
@@ -182,13 +164,18 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
         Args:
             tokens: (batch, n, token_size), the known ones.
             visible: (batch, n) int64, their places, row by row of the picture.
-            condition: (batch, hidden_size), from `class_condition` or `text_condition`.
+            prefix: (batch, up to num_buffer_tokens, hidden_size), what precedes the picture.
+            prefix_mask: (batch, as many) bool, false where a shorter prefix is padded.
+            text, text_mask: (batch, m, hidden_size) and (batch, m), the caption that layers attend to.
             valid: (batch, n) bool, false where a shorter row is padded; its places are then the number of tokens.
 
         Returns:
             `last_hidden_state` (batch, tokens, decoder_hidden_size), known places included.
         """
-        hidden_states = self.decode(self.encode(tokens, visible, condition, valid), visible)
+        dtype = self.dtype_of_computation
+        caption = () if text is None else (text, additive_mask(text_mask, dtype))
+        encoded = self.encode(tokens, visible, prefix, prefix_mask, caption, valid)
+        hidden_states = self.decode(encoded, visible, prefix_mask, caption)
         output = BaseModelOutput(last_hidden_state=hidden_states)
         return output if return_dict else output.to_tuple()
 
@@ -196,50 +183,68 @@ class MarModel(VectorConditionModules, MarPreTrainedModel):
         self,
         tokens: torch.Tensor,
         visible: torch.Tensor,
-        condition: torch.Tensor,
-        valid: torch.Tensor | None,
+        prefix: torch.Tensor,
+        prefix_mask: torch.Tensor | None = None,
+        caption: tuple[torch.Tensor | None, ...] = (),
+        valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Buffer and known tokens through the encoder, (batch, buffer + n, hidden_size)."""
-        buffer = self.config.num_buffer_tokens
+        """Prefix and known tokens through the encoder, (batch, prefix + n, hidden_size)."""
         embedded = self.embed_tokens(suited(tokens.to(self.dtype_of_computation), self.embed_tokens))
-        hidden_states = torch.cat([condition.unsqueeze(1).expand(-1, buffer, -1), embedded], dim=1)
-        places = self._with_buffer(visible.clamp(max=self.config.num_image_tokens - 1))
+        hidden_states = torch.cat([prefix, embedded], dim=1)
+        inside = visible.clamp(max=self.config.num_image_tokens - 1)
+        places = self._behind(prefix, inside + self.config.num_buffer_tokens)
         hidden_states = self.embed_norm(hidden_states + self.encoder_position_embedding(places))
-        mask = self._padding_mask(valid, hidden_states.dtype)
+        mask = self._seen(prefix, prefix_mask, visible, valid)
         for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states, mask)
+            hidden_states = layer(hidden_states, mask, *caption)
         return self.encoder_norm(hidden_states)
 
-    def decode(self, encoded: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """What the encoder made of buffer and known tokens through the decoder, (batch, tokens, decoder_hidden_size)."""
-        buffer, tokens = self.config.num_buffer_tokens, self.config.num_image_tokens
+    def decode(
+        self,
+        encoded: torch.Tensor,
+        visible: torch.Tensor,
+        prefix_mask: torch.Tensor | None = None,
+        caption: tuple[torch.Tensor | None, ...] = (),
+    ) -> torch.Tensor:
+        """What the encoder made of prefix and known tokens through the decoder, (batch, tokens, decoder_hidden_size)."""
+        tokens, length = self.config.num_image_tokens, encoded.shape[1] - visible.shape[1]
         projected = self.decoder_proj(encoded)
         batch, _, width = projected.shape
-        everywhere = torch.arange(buffer + tokens, device=projected.device)
-        masked = self.mask_embedding(torch.zeros_like(everywhere[:1])).to(projected.dtype)
+        everywhere = torch.arange(tokens, device=projected.device).expand(batch, -1)
+        masked = self.mask_embedding(torch.zeros_like(everywhere[:1, :1])).to(projected.dtype)
         # One place more, where padding goes.
-        hidden_states = masked.expand(batch, buffer + tokens + 1, width)
-        places = self._with_buffer(visible).unsqueeze(-1).expand(-1, -1, width)
+        hidden_states = masked.expand(batch, length + tokens + 1, width)
+        places = self._behind(encoded[:, :length], visible + length).unsqueeze(-1).expand(-1, -1, width)
         hidden_states = hidden_states.scatter(1, places, projected)[:, :-1]
-        hidden_states = hidden_states + self.decoder_position_embedding(everywhere)
+        positions = self._behind(encoded[:, :length], everywhere + self.config.num_buffer_tokens)
+        hidden_states = hidden_states + self.decoder_position_embedding(positions[:1])
+        mask = self._seen(encoded[:, :length], prefix_mask, everywhere, None)
         for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states)
-        hidden_states = self.decoder_norm(hidden_states)[:, buffer:]
-        return hidden_states + self.head_position_embedding(everywhere[:tokens])
+            hidden_states = layer(hidden_states, mask, *caption)
+        hidden_states = self.decoder_norm(hidden_states)[:, length:]
+        return hidden_states + self.head_position_embedding(everywhere[:1])
 
-    def _with_buffer(self, visible: torch.Tensor) -> torch.Tensor:
-        """Places in the picture (batch, n) as places in the sequence, the buffer's before them."""
-        buffer = self.config.num_buffer_tokens
-        first = torch.arange(buffer, device=visible.device).expand(len(visible), -1)
-        return torch.cat([first, visible + buffer], dim=1)
+    @staticmethod
+    def _behind(prefix: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Places (batch, n), with those of a prefix before them."""
+        first = torch.arange(prefix.shape[1], device=places.device).expand(len(places), -1)
+        return torch.cat([first, places], dim=1)
 
-    def _padding_mask(self, valid: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask (batch, 1, 1, buffer + n) under which no one sees padding."""
-        if valid is None:
+    def _seen(
+        self,
+        prefix: torch.Tensor,
+        prefix_mask: torch.Tensor | None,
+        places: torch.Tensor,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Additive mask (batch, 1, 1, prefix + n) under which no one sees padding, of prefix or tokens."""
+        if prefix_mask is None and valid is None:
             return None
-        seen = torch.cat([valid.new_ones(len(valid), self.config.num_buffer_tokens), valid], dim=1)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+        parts = (
+            torch.ones(one.shape[:2], dtype=torch.bool, device=places.device) if mask is None else mask
+            for one, mask in ((prefix, prefix_mask), (places, valid))
+        )
+        return additive_mask(torch.cat(tuple(parts), dim=1), self.dtype_of_computation)
 
 
 class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrainedModel, ImageGenerationMixin):
@@ -302,11 +307,49 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
 
     # Generation; see MaskedPredictor
 
+    def conditions(self, drop: torch.Tensor | None = None, **inputs: Any) -> dict[str, torch.Tensor]:
+        """
+        What the pictures shall show, as keywords of the model's `forward`, each (batch, ...).
+
+        Args:
+            drop: (batch,) bool, rows that take the null condition instead.
+            inputs: see `condition`.
+        """
+        if self.config.conditioning == "vector":
+            return {"prefix": self.model.vector_prefix(self.condition(**inputs, drop=drop))}
+        if (count := inputs.pop("batch_size", None)) is not None:
+            return self._with_text(*self.model.null_text_tokens(count, 1))
+        if inputs.pop("class_labels", None) is not None:
+            raise ValueError(
+                "This model draws from text; give prompt_ids or prompt_embeds, not class_labels."
+            )
+        return self._with_text(*self.model.text_tokens(**inputs, drop=drop))
+
+    def null_conditions(self, conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The conditions of unconditional rows, of the shapes of others."""
+        count = len(conditions["prefix"])
+        if self.config.conditioning == "vector":
+            return {"prefix": self.model.vector_prefix(self.null_condition(count))}
+        tokens = conditions["text" if self.config.conditioning == "cross_attention" else "prefix"]
+        return self._with_text(*self.model.null_text_tokens(count, tokens.shape[1]))
+
+    def _with_text(self, text: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.config.conditioning == "cross_attention":
+            return {"prefix": self.model.empty_prefix(len(text)), "text": text, "text_mask": seen}
+        most = self.config.num_buffer_tokens
+        if text.shape[1] > most:
+            raise ValueError(f"A prompt has {text.shape[1]} tokens; this model reads {most} at most.")
+        return {"prefix": text, "prefix_mask": seen}
+
     def masked_hidden_states(
-        self, tokens: torch.Tensor, visible: torch.Tensor, condition: torch.Tensor, valid: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        visible: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        valid: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the head draws from at every place, (rows, tokens, decoder_hidden_size)."""
-        return self.model(tokens, visible, condition, valid).last_hidden_state
+        return self.model(tokens, visible, **conditions, valid=valid).last_hidden_state
 
     # Training
 
@@ -371,14 +414,20 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
         latents, labels = self._latents_and_labels(latents, pixel_values, labels, return_loss, generator)
         mask = self.draw_mask(len(latents), latents.device) if mask is None else self._checked(mask, latents)
         drop = self.draw_dropped_conditions(len(latents), latents.device) if self.training else None
-        condition = self.condition(class_labels, prompt_embeds, prompt_ids, prompt_attention_mask, drop)
-        if len(condition) != len(latents):
-            raise ValueError(f"There are {len(condition)} conditions for {len(latents)} pictures.")
+        conditions = self.conditions(
+            class_labels=class_labels,
+            prompt_embeds=prompt_embeds,
+            prompt_ids=prompt_ids,
+            prompt_attention_mask=prompt_attention_mask,
+            drop=drop,
+        )
+        if (count := len(conditions["prefix"])) != len(latents):
+            raise ValueError(f"There are {count} conditions for {len(latents)} pictures.")
         tokens = self.to_tokens(latents)
         known = int((~mask[0]).sum())
         visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :known]
         seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        hidden = self.model(seen, visible, condition).last_hidden_state
+        hidden = self.masked_hidden_states(seen, visible, conditions, None)
         loss = None
         if labels is not None:
             loss = self.head.loss(self.to_tokens(labels), hidden, mask, generator)
