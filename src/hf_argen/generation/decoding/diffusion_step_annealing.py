@@ -60,7 +60,8 @@ class DiffusionStepAnnealing(Masked):
 
     def check(self, request: Request) -> None:
         super().check(request)
-        request.model.head.check_num_steps(self.most_head_steps)
+        head = request.model.head
+        head.check_num_steps(head.nearest_num_steps(self.most_head_steps))
 
     def head_steps(self, step: int, num_steps: int) -> int:
         """Steps of the head at `step` of `num_steps`."""

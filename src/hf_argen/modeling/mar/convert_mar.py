@@ -58,7 +58,7 @@ TRANSFORMER = KeyMap(
         _Table("decoder_pos_embed_learned", "model.decoder_position_embedding.weight"),
         *_layers("decoder_blocks", "decoder_layers"),
         Rename("decoder_norm.{leaf}", "model.decoder_norm.{leaf}"),
-        _Table("diffusion_pos_embed_learned", "model.head_position_embedding.weight"),
+        _Table("diffusion_pos_embed_learned", "model.output_position_embedding.weight"),
         Rename(f"{NET}.time_embed.mlp.0.{{leaf}}", f"{OUR_NET}.time_embeddings.0.fc1.{{leaf}}"),
         Rename(f"{NET}.time_embed.mlp.2.{{leaf}}", f"{OUR_NET}.time_embeddings.0.fc2.{{leaf}}"),
         Rename(f"{NET}.cond_embed.{{leaf}}", f"{OUR_NET}.condition_proj.{{leaf}}"),

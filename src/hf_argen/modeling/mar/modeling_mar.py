@@ -121,7 +121,7 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
             PreNormLayer(config, *sizes, reads_text) for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.head_position_embedding = nn.Embedding(tokens, width)
+        self.output_position_embedding = nn.Embedding(tokens, width)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -222,7 +222,7 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states, mask, *caption)
         hidden_states = self.decoder_norm(hidden_states)[:, length:]
-        return hidden_states + self.head_position_embedding(everywhere[:1])
+        return hidden_states + self.output_position_embedding(everywhere[:1])
 
     @staticmethod
     def _behind(prefix: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
