@@ -208,7 +208,8 @@ class Masked(Decoding):
             fixed = keep.sum(dim=1).tolist()
             first = torch.argsort((~keep.gather(1, orders)).to(torch.uint8), dim=1, stable=True)
             orders = orders.gather(1, first)
-        steps = min(self.num_steps or MOST_STEPS, total - min(fixed))
+        steps = total if request.model.config.causal else self.num_steps or MOST_STEPS
+        steps = min(steps, total - min(fixed))
         after = [hidden_after_steps(total - known, steps, self.schedule) for known in fixed]
         known = [fixed]
         for step in range(steps):
@@ -251,6 +252,8 @@ class Masked(Decoding):
                 f"num_steps is {self.num_steps}; this model has {total} tokens, and every step predicts one at least."
             )
         self.check_order(total)
+        if request.model.config.causal:
+            self.check_causal(request)
         if self.order == "confidence" and not request.model.head.has_confidence:
             raise ValueError(
                 f"A {request.model.head.head_type} head does not tell how sure it is of a token; take another order."
@@ -281,6 +284,20 @@ class Masked(Decoding):
                 raise ValueError("keep_mask keeps all of a picture; nothing is left to draw.")
             if bool((counts == 0).any()):
                 raise ValueError("keep_mask keeps nothing of a picture; leave the source picture out.")
+
+    def check_causal(self, request: Request) -> None:
+        """Refuses what a model cannot do that draws token after token."""
+        total = request.predictor.capacity
+        if self.order != "raster" or self.num_steps not in (None, total):
+            raise ValueError(
+                f"This model is causal: it draws one token at a time, row by row; take order='raster' and {total} steps."
+            )
+        if request.edit is not None:
+            keep = request.edit.keep.flatten(1)
+            if bool((keep[:, 1:] > keep[:, :-1]).any()) or bool((keep != keep[:1]).any()):
+                raise ValueError(
+                    "This model is causal: it can keep the first tokens of a picture only, the same in all pictures."
+                )
 
     def check_order(self, total: int) -> None:
         """Refuses an order that is no permutation of the positions."""

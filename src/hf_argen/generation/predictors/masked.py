@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..cache import PreallocatedCache
 from ..guidance import Guidance
 from .base import Predictor
 
@@ -14,7 +15,8 @@ class MaskedPredictor(Predictor):
     Drives a model that has `conditions`, `null_conditions`, `masked_hidden_states` and a head of continuous tokens.
 
     What is committed are tokens at positions. The model sees all of them from both sides, so nothing of a call can be kept
-    for the next one. Rows may have unequal numbers of tokens.
+    for the next one. Rows may have unequal numbers of tokens. A causal model, which has `next_states`, keeps keys and values;
+    its tokens are committed row by row of the picture, as many in every row.
 
     Args:
         model: the masked model.
@@ -51,6 +53,8 @@ class MaskedPredictor(Predictor):
         )
         self._known = torch.zeros(self.batch_size, self.capacity + 1, dtype=torch.bool, device=device)
         self.lengths = [0] * self.batch_size
+        self._cache: PreallocatedCache | None = None
+        self._next = 0  # with a cache, the place that it leads to
 
     @property
     def length(self) -> torch.Tensor:
@@ -88,6 +92,8 @@ class MaskedPredictor(Predictor):
         Returns:
             what the head draws from, (batch, n, dim); guided, (2 * batch, n, dim), conditional rows first.
         """
+        if self.model.config.causal:
+            return self._predict_next()
         most = max(self.lengths)
         # Known positions first, row by row of the picture.
         visible = torch.argsort((~self._known).to(torch.uint8), dim=1, stable=True)[:, :most]
@@ -106,6 +112,23 @@ class MaskedPredictor(Predictor):
             return hidden
         places = positions.clamp(max=self.capacity - 1).unsqueeze(-1)
         return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+
+    def _predict_next(self) -> torch.Tensor:
+        """Hidden states of the place after the known tokens, (rows, 1, dim)."""
+        known, config = self.lengths[0], self.model.config
+        if self._cache is None:
+            layers = config.num_hidden_layers + config.decoder_num_hidden_layers
+            room = self._conditions["prefix"].shape[1] + self.capacity
+            self._cache = PreallocatedCache(layers, room, fixed=True)
+        new = self._tokens[:, max(self._next - 1, 0) : known]
+        if self.is_guided:
+            new = new.repeat(2, 1, 1)
+        hidden = self.model.model.next_states(
+            new, self._next, **self._conditions, past_key_values=self._cache
+        )
+        self._next = known + 1
+        self.calls += 1
+        return hidden[:, -1:]
 
     def commit(self, keep: torch.Tensor, positions: torch.Tensor, count: Sequence[int] | None = None) -> None:
         """
@@ -143,6 +166,8 @@ class MaskedPredictor(Predictor):
         index = torch.tensor(rows, device=self._tokens.device)
         paired = torch.cat([index, index + self.batch_size]) if self.is_guided else index
         self._conditions = {name: value.index_select(0, paired) for name, value in self._conditions.items()}
+        if self._cache is not None:
+            self._cache.select_rows(paired)
         self._tokens, self._known = self._tokens[index], self._known[index]
         self.lengths = [self.lengths[row] for row in rows]
         self.batch_size = len(rows)

@@ -106,6 +106,26 @@ def block_causal_mask(
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
+def causal_part(states: torch.Tensor, length: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Additive mask (batch or 1, 1, n, length) of the last n of `length` positions, each of which sees those before it and itself,
+    but none that `mask` hides.
+
+    Args:
+        states: (batch, n, hidden_size) of the queries.
+        mask: additive, (batch, 1, 1, length).
+    """
+    n, device = states.shape[1], states.device
+    queries = torch.arange(length - n, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)
+    lowest = torch.finfo(states.dtype).min
+    causal = torch.zeros(n, length, dtype=states.dtype, device=device).masked_fill_(keys > queries, lowest)
+    if mask is None:
+        return causal[None, None]
+    hidden = (mask < 0) & (keys != queries)
+    return causal.masked_fill(hidden, lowest)
+
+
 def causal_mask(
     length: int, hidden: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

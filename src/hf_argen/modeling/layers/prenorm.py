@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import HeadedAttention
@@ -16,11 +17,13 @@ class FullAttention(HeadedAttention):
 
     Args:
         config: with `hidden_dropout`, `attention_dropout` and the attention implementation.
+        layer_idx: place of its keys and values in a cache.
     """
 
-    def __init__(self, config: Any, hidden_size: int, num_attention_heads: int):
+    def __init__(self, config: Any, hidden_size: int, num_attention_heads: int, layer_idx: int = 0):
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         self.head_dim = hidden_size // num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
@@ -30,8 +33,13 @@ class FullAttention(HeadedAttention):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.attend(*self.heads(hidden_states), attention_mask, None)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        return self.attend(*self.heads(hidden_states), attention_mask, past_key_values)
 
 
 class CrossAttention(FullAttention):
@@ -67,10 +75,11 @@ class PreNormLayer(GradientCheckpointingLayer):
         num_attention_heads: int,
         intermediate_size: int,
         reads_text: bool = False,
+        layer_idx: int = 0,
     ):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
-        self.self_attn = FullAttention(config, hidden_size, num_attention_heads)
+        self.self_attn = FullAttention(config, hidden_size, num_attention_heads, layer_idx)
         self.reads_text = reads_text
         if reads_text:
             self.text_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
@@ -85,8 +94,10 @@ class PreNormLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), attention_mask)
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, attention_mask, past_key_values)
         if self.reads_text:
             normed = self.text_layernorm(hidden_states)
             hidden_states = hidden_states + self.cross_attn(normed, text, text_mask)

@@ -32,6 +32,7 @@ class MarConfig(PreTrainedConfig):
         hidden_dropout, attention_dropout: in training.
         num_buffer_tokens: positions before the picture that hold the condition; with `text_conditioning="prefix"` the
             most tokens of a prompt.
+        causal: every token is predicted from those before it, row by row, as by a language model, and one at a time.
         head_config: the head by its name as `type`, and its options; see `hf_argen.modeling.heads`.
         min_mask_ratio: least share of tokens that training hides; the share is drawn near 1, see `draw_mask_ratio`.
         condition_type: "class" or "text".
@@ -68,6 +69,7 @@ class MarConfig(PreTrainedConfig):
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     num_buffer_tokens: int = 64
+    causal: bool = False
     head_config: dict[str, Any] = field(default_factory=lambda: {"type": "diffusion"})
     min_mask_ratio: float = 0.7
     condition_type: str = "class"

@@ -1,26 +1,27 @@
 """MAR: an encoder and a decoder see the known tokens from both sides, a head draws hidden ones (arXiv 2406.11838)."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from ...generation import sampling
 from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.masked import MaskedPredictor
 from ...generation.sampling import Generators
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.continuous import ContinuousHead
 from ..heads.registry import build_head
+from ..layers.attention import causal_part
+from ..layers.patches import patchify, unpatchify
 from ..layers.precision import suited
 from ..layers.prenorm import PreNormLayer
+from ..masked_training import MaskedTrainingMixin
 from ..token_condition import TokenConditionModules, additive_mask
 from ..tokenizers.configuration_grid import normalize_grid
 from ..vector_condition import VectorConditionMixin
@@ -107,18 +108,21 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         self.embed_tokens = nn.Linear(config.token_size, hidden)
         self.encoder_position_embedding = nn.Embedding(positions, hidden)
         self.embed_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
-        self.encoder_layers = nn.ModuleList(
-            PreNormLayer(config, *sizes, reads_text) for _ in range(config.num_hidden_layers)
-        )
+        depth = config.num_hidden_layers
+        self.encoder_layers = nn.ModuleList(PreNormLayer(config, *sizes, reads_text, i) for i in range(depth))
         self.encoder_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
 
         width = config.decoder_hidden_size
         self.decoder_proj = nn.Linear(hidden, width)
-        self.mask_embedding = nn.Embedding(1, width)
+        if config.causal:
+            self.start_embedding = nn.Embedding(1, hidden)
+        else:
+            self.mask_embedding = nn.Embedding(1, width)
         self.decoder_position_embedding = nn.Embedding(positions, width)
         sizes = (width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
         self.decoder_layers = nn.ModuleList(
-            PreNormLayer(config, *sizes, reads_text) for _ in range(config.decoder_num_hidden_layers)
+            PreNormLayer(config, *sizes, reads_text, depth + i)
+            for i in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.output_position_embedding = nn.Embedding(tokens, width)
@@ -224,6 +228,51 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         hidden_states = self.decoder_norm(hidden_states)[:, length:]
         return hidden_states + self.output_position_embedding(everywhere[:1])
 
+    def next_states(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        prefix: torch.Tensor,
+        prefix_mask: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        text_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """
+        The causal form: what the head predicts each token from, given those before it.
+
+        Args:
+            tokens: (batch, n, token_size), from that at `start` - 1 on, or from the first on where `start` is 0.
+            start: place of the first prediction; above 0, prefix and earlier tokens are in the cache.
+            prefix, prefix_mask, text, text_mask: see `forward`.
+            past_key_values: keys and values of all before.
+
+        Returns:
+            (batch, n, decoder_hidden_size), of the places from `start` on; one more where that is 0.
+        """
+        dtype, buffer = self.dtype_of_computation, self.config.num_buffer_tokens
+        caption = (text, additive_mask(text_mask, dtype), past_key_values)
+        hidden_states = self.embed_tokens(suited(tokens.to(dtype), self.embed_tokens))
+        if start == 0:
+            first = self.start_embedding(torch.zeros_like(tokens[:, :1, 0], dtype=torch.long))
+            hidden_states = torch.cat([first, hidden_states], dim=1)
+        count = hidden_states.shape[1]
+        targets = torch.arange(start, start + count, device=tokens.device)
+        places = targets + buffer
+        if start == 0:
+            hidden_states = torch.cat([prefix, hidden_states], dim=1)
+            places = torch.cat([torch.arange(prefix.shape[1], device=places.device), places])
+        hidden_states = self.embed_norm(hidden_states + self.encoder_position_embedding(places))
+        mask = self._seen(prefix, prefix_mask, places.new_zeros(len(tokens), start + count), None)
+        mask = causal_part(hidden_states, prefix.shape[1] + start + count, mask)
+        for layer in self.encoder_layers:
+            hidden_states = layer(hidden_states, mask, *caption)
+        hidden_states = self.decoder_proj(self.encoder_norm(hidden_states))
+        hidden_states = hidden_states + self.decoder_position_embedding(places)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states, mask, *caption)
+        return self.decoder_norm(hidden_states)[:, -count:] + self.output_position_embedding(targets)
+
     @staticmethod
     def _behind(prefix: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Places (batch, n), with those of a prefix before them."""
@@ -247,7 +296,9 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         return additive_mask(torch.cat(tuple(parts), dim=1), self.dtype_of_computation)
 
 
-class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrainedModel, ImageGenerationMixin):
+class MarForImageGeneration(
+    MaskedTrainingMixin, ImageModelMixin, VectorConditionMixin, MarPreTrainedModel, ImageGenerationMixin
+):
     """
     MAR with head and visual tokenizer: training on masked pictures, and generation of sets of tokens in any order.
 
@@ -266,6 +317,8 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
         self.head = build_head(config.head_config, config.token_size, config.decoder_hidden_size)
         self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
         self.generation_config.do_sample = True  # continuous tokens have no likeliest one
+        if config.causal:
+            self.generation_config.decoding = {"type": "masked", "order": "raster"}
         self.post_init()
 
     def check_tokenizer_fits(self, config: PreTrainedConfig) -> None:
@@ -289,21 +342,11 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
 
     def to_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, h * w, latent_channels) to tokens (batch, tokens, token_size): channel, row, column."""
-        side = self.config.patch_size
-        if side == 1:
-            return latents
-        height, width = self.config.grid_sizes[0]
-        cells = latents.view(len(latents), height, side, width, side, -1)
-        return cells.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+        return patchify(latents, self.config.grid_sizes[0], self.config.patch_size)
 
     def from_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_tokens`."""
-        side = self.config.patch_size
-        if side == 1:
-            return tokens
-        height, width = self.config.grid_sizes[0]
-        cells = tokens.view(len(tokens), height, width, -1, side, side)
-        return cells.permute(0, 1, 4, 2, 5, 3).flatten(1, 4)
+        return unpatchify(tokens, self.config.grid_sizes[0], self.config.patch_size)
 
     # Generation; see MaskedPredictor
 
@@ -353,29 +396,6 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
 
     # Training
 
-    @torch.compiler.disable
-    def draw_mask(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """
-        The hidden tokens of each row, (batch_size, tokens) bool, as many in every row: drawn as by the authors, from
-        numpy's global generator, orders first.
-        """
-        tokens = self.config.num_image_tokens
-        orders = sampling.numpy_permutations(tokens, batch_size, device)
-        hidden = math.ceil(tokens * self.draw_mask_ratio())
-        mask = torch.zeros(batch_size, tokens, dtype=torch.bool, device=device)
-        return mask.scatter(1, orders[:, :hidden], True)
-
-    def draw_mask_ratio(self) -> float:
-        """A share of hidden tokens, from a normal distribution around 1 cut off at 1 and at `min_mask_ratio`."""
-        lowest = torch.tensor((self.config.min_mask_ratio - 1) / MASK_RATIO_STD, dtype=torch.float64)
-        below = torch.special.ndtr(lowest)
-        quantile = below + np.random.uniform() * (0.5 - below)
-        return 1 + MASK_RATIO_STD * torch.special.ndtri(quantile).item()
-
-    def draw_dropped_conditions(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """Rows whose condition is dropped in training, (batch_size,) bool; drawn as by the authors."""
-        return torch.rand(batch_size, device=device) < self.config.condition_dropout
-
     def forward(
         self,
         latents: torch.FloatTensor | None = None,
@@ -410,10 +430,11 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
             ValueError: neither or both of latents and pixels, a condition that is missing, a mask that hides nothing, a shape
                 that does not fit.
         """
-        generator = self._generators(noise_seeds)
+        generator = self.generators_of(noise_seeds, self.input_device)
         latents, labels = self._latents_and_labels(latents, pixel_values, labels, return_loss, generator)
-        mask = self.draw_mask(len(latents), latents.device) if mask is None else self._checked(mask, latents)
-        drop = self.draw_dropped_conditions(len(latents), latents.device) if self.training else None
+        batch, device = len(latents), latents.device
+        mask = self.draw_mask(batch, device) if mask is None else self.checked_mask(mask, batch)
+        drop = self.draw_dropped_conditions(batch, device) if self.training else None
         conditions = self.conditions(
             class_labels=class_labels,
             prompt_embeds=prompt_embeds,
@@ -421,23 +442,26 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
             prompt_attention_mask=prompt_attention_mask,
             drop=drop,
         )
-        if (count := len(conditions["prefix"])) != len(latents):
-            raise ValueError(f"There are {count} conditions for {len(latents)} pictures.")
+        if (count := len(conditions["prefix"])) != batch:
+            raise ValueError(f"There are {count} conditions for {batch} pictures.")
         tokens = self.to_tokens(latents)
-        known = int((~mask[0]).sum())
-        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :known]
-        seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        hidden = self.masked_hidden_states(seen, visible, conditions, None)
+        hidden = self._hidden_states(tokens, mask, conditions)
         loss = None
         if labels is not None:
             loss = self.head.loss(self.to_tokens(labels), hidden, mask, generator)
         output = MarOutput(loss=loss, last_hidden_state=hidden, mask=mask)
         return output if return_dict is not False else output.to_tuple()
 
-    def _generators(self, seeds: torch.Tensor | None) -> Generators:
-        if seeds is None:
-            return None
-        return [torch.Generator(self.input_device).manual_seed(seed) for seed in seeds.tolist()]
+    def _hidden_states(
+        self, tokens: torch.Tensor, mask: torch.Tensor, conditions: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What the head predicts the hidden tokens from."""
+        if self.config.causal:
+            return self.model.next_states(tokens[:, :-1], 0, **conditions)
+        known = int((~mask[0]).sum())
+        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :known]
+        seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        return self.masked_hidden_states(seen, visible, conditions, None)
 
     def _latents_and_labels(
         self, latents: Any, pixel_values: Any, labels: Any, return_loss: bool, generator: Generators
@@ -459,16 +483,3 @@ class MarForImageGeneration(ImageModelMixin, VectorConditionMixin, MarPreTrained
                     f"{expected[1]})."
                 )
         return latents, labels
-
-    def _checked(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """A given mask as bool."""
-        expected = (len(latents), self.config.num_image_tokens)
-        if tuple(mask.shape) != expected:
-            raise ValueError(f"mask has the shape {tuple(mask.shape)}; it must be {expected}.")
-        mask = mask.bool()
-        counts = mask.sum(dim=1)
-        if bool((counts != counts[0]).any()) or not bool(counts[0]):
-            raise ValueError(
-                f"mask hides {counts.tolist()} tokens; it must hide the same number in every row, and one at least."
-            )
-        return mask
