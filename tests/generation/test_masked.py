@@ -262,7 +262,7 @@ class TwoValues(torch.nn.Module):
     head_type, has_confidence, calls = "two_values", False, 0
 
     def probability(self, hidden, guidance):
-        logits = hidden.sum(dim=-1) / 3
+        logits = 1.5 * hidden[..., 0]
         if guidance is not None:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + guidance * (conditional - unconditional)

@@ -71,7 +71,7 @@ def test_solvers_converge(solver, order):
         drawn, expected = drawn_and_expected(head, num_steps=steps)
         errors.append((drawn - expected).abs().max().item())
     found = math.log2(errors[0] / errors[1])
-    assert errors[0] < 0.2 and found > order - 0.4 and (found < 1.4) == (order == 1)
+    assert errors[0] < 0.3 and found > order - 0.4 and (found < 1.4) == (order == 1)
     assert head.calls == (36 if order == 1 else 72)
     cold, expected = drawn_and_expected(head, num_steps=64, temperature=0.5)
     assert torch.allclose(cold, expected, atol=0.05)
