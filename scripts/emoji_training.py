@@ -134,24 +134,19 @@ class PeriodicCallback(TrainerCallback):
             self.draw().save(self.folder / f"step-{state.global_step:06d}.png")
 
 
-class TokenizerTrainer(Trainer):
-    """
-    Log error of each picture plus quantization loss; codes that fall out of use are given a new place.
+class AutoencoderTrainer(Trainer):
+    """Log error of each picture plus the term that `regularization` names."""
 
-    The first steps leave the quantizer out, so that the codebook can start from latents that mean something.
-
-    Args:
-        revival_pictures: random pictures of the data set that new codes are taken from; `None`: those of the step.
-    """
-
-    def __init__(self, *args: Any, revival_pictures: int | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.revival_pictures = revival_pictures
+    regularization = "kl_loss"
 
     @property
     def progress(self) -> float:
         """Share of the training that is done."""
         return self.state.global_step / max(self.state.max_steps, 1)
+
+    def reconstruct(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+        """Output of the training pass."""
+        return model(**inputs)
 
     def compute_loss(
         self,
@@ -160,10 +155,30 @@ class TokenizerTrainer(Trainer):
         return_outputs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        output = model(**inputs, quantize=self.progress >= WARM_UP)
+        output = self.reconstruct(model, inputs)
         error = (output.reconstruction.float() - inputs["pixel_values"]).square().flatten(1).mean(dim=1)
-        loss = LOG_ERROR_WEIGHT * (error + 1e-4).log().mean() + output.quantization_loss
+        loss = LOG_ERROR_WEIGHT * (error + 1e-4).log().mean() + output[self.regularization]
         return (loss, output) if return_outputs else loss
+
+
+class TokenizerTrainer(AutoencoderTrainer):
+    """
+    For tokenizers with a codebook: codes that fall out of use are given a new place.
+
+    The first steps leave the quantizer out, so that the codebook can start from latents that mean something.
+
+    Args:
+        revival_pictures: random pictures of the data set that new codes are taken from; `None`: those of the step.
+    """
+
+    regularization = "quantization_loss"
+
+    def __init__(self, *args: Any, revival_pictures: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.revival_pictures = revival_pictures
+
+    def reconstruct(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+        return model(**inputs, quantize=self.progress >= WARM_UP)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
@@ -236,8 +251,18 @@ def train_tokenizer(
     stage: Stage,
     options: argparse.Namespace,
     revival_pictures: int | None = None,
+    trainer_class: type[AutoencoderTrainer] = TokenizerTrainer,
+    finish: Callable[[PreTrainedModel, torch.Tensor], None] | None = None,
 ) -> PreTrainedModel:
-    """The first stage; its result is kept in OUTPUT/tokenizer and taken from there when it exists."""
+    """
+    The first stage; its result is kept in OUTPUT/tokenizer and taken from there when it exists.
+
+    Args:
+        build: makes the tokenizer.
+        revival_pictures: see [`TokenizerTrainer`].
+        trainer_class: how it is trained.
+        finish: what is done to the trained tokenizer, given all pictures, before it is saved.
+    """
     torch.manual_seed(options.seed)
     model = build()
     done = options.output / "tokenizer"
@@ -253,14 +278,17 @@ def train_tokenizer(
             np.concatenate([emoji.images[shown.numpy()], to_uint8(reconstruct(model, pictures[shown]))])
         )
 
-    trainer = TokenizerTrainer(
+    own = {"revival_pictures": revival_pictures} if issubclass(trainer_class, TokenizerTrainer) else {}
+    trainer = trainer_class(
         model,
         arguments(folder, stage, options, from_pixels=True),
         train_dataset=Pictures(pictures),
         callbacks=[PeriodicCallback(options.save_minutes, draw, options.sheets)],
-        revival_pictures=revival_pictures,
+        **own,
     )
     run(trainer, folder)
+    if finish is not None:
+        finish(model.eval(), pictures)
     save(done, model)
     return model.eval()
 
@@ -296,21 +324,22 @@ def train_generator(
     corruption: Corruption | None = None,
 ) -> PreTrainedModel:
     """
-    The second stage: a text-conditional model on the ids of its frozen tokenizer, in `folder`.
+    The second stage: a text-conditional model on the ids or latents of its frozen tokenizer, in `folder`.
 
     Args:
-        corruption: what is done to the tokens that the model reads, not to those that it predicts.
+        corruption: what is done to the ids that the model reads, not to those that it predicts.
     """
     tokenizer = model.image_tokenizer.eval()
+    kind = "latents" if model.draws_latents else "input_ids"
     with torch.no_grad():
-        ids = torch.cat([tokenizer.encode(batch) for batch in emoji.pixel_values().split(128)])
+        tokens = torch.cat([tokenizer.encode(batch) for batch in emoji.pixel_values().split(128)])
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        codes = torch.stack([row["input_ids"] for row in rows])
-        read = codes
+        batch = torch.stack([row[kind] for row in rows])
+        read = batch
         if corruption is not None:
-            read = corruption(codes, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
-        return {"input_ids": read, "labels": codes, **processor([row["caption"] for row in rows])}
+            read = corruption(batch, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
+        return {kind: read, "labels": batch, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
         model.eval()
@@ -320,7 +349,7 @@ def train_generator(
         model.train()
         return sheet(pictures)
 
-    captions = EmojiCaptions(emoji, options.seed, pictures=ids, key="input_ids")
+    captions = EmojiCaptions(emoji, options.seed, pictures=tokens, key=kind)
     periodic = PeriodicCallback(options.save_minutes, draw, options.sheets)
     trainer = Trainer(
         model,

@@ -26,6 +26,8 @@ def reference():
         ("hf_argen.modeling.code", "code"),
         ("hf_argen.modeling.rar", "rar"),
         ("hf_argen.modeling.tokenizers.maskgit_vq", "maskgit-vq"),
+        ("hf_argen.modeling.mar", "mar"),
+        ("hf_argen.modeling.tokenizers.kl_vae", "kl-vae"),
     ],
 )
 def test_presets_are_complete(package, family):

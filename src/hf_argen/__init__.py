@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from .convert import convert_original
     from .generation import Decoding, compatible_decodings, generate
     from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
+    from .generation.decoding.diffusion_step_annealing import DiffusionStepAnnealing
     from .generation.decoding.grouped_speculative import GroupedSpeculative
+    from .generation.decoding.masked import Masked
     from .generation.decoding.maximal_coupling_jacobi import MaximalCouplingJacobi
     from .generation.decoding.next_scale import NextScale
     from .generation.decoding.next_token import NextToken
@@ -34,8 +36,12 @@ if TYPE_CHECKING:
     from .modeling.drafters.modeling_medusa import MedusaHeads
     from .modeling.llamagen.configuration_llamagen import LlamaGenConfig
     from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
+    from .modeling.mar.configuration_mar import MarConfig
+    from .modeling.mar.modeling_mar import MarForImageGeneration, MarModel
     from .modeling.rar.configuration_rar import RarConfig
     from .modeling.rar.modeling_rar import RarForImageGeneration, RarModel
+    from .modeling.tokenizers.kl_vae.configuration_kl_vae import KlVaeConfig
+    from .modeling.tokenizers.kl_vae.modeling_kl_vae import KlVaeModel
     from .modeling.tokenizers.llamagen_vq.configuration_llamagen_vq import LlamaGenVQConfig
     from .modeling.tokenizers.llamagen_vq.modeling_llamagen_vq import LlamaGenVQModel
     from .modeling.tokenizers.maskgit_vq.configuration_maskgit_vq import MaskGitVQConfig
@@ -72,6 +78,7 @@ _SOURCES = {
     "MaskGitVQModel": "modeling.tokenizers.maskgit_vq.modeling_maskgit_vq",
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
     "MultiScaleVQModel": "modeling.tokenizers.multiscale_vq.modeling_multiscale_vq",
+    "DiffusionStepAnnealing": "generation.decoding.diffusion_step_annealing",
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
     "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
     "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
@@ -90,6 +97,12 @@ _SOURCES = {
     "TypicalAcceptance": "generation.decoding.speculative.acceptance",
     "SpecTr": "generation.decoding.speculative.spectr",
     "SpeculativeJacobi": "generation.decoding.speculative_jacobi",
+    "KlVaeConfig": "modeling.tokenizers.kl_vae.configuration_kl_vae",
+    "KlVaeModel": "modeling.tokenizers.kl_vae.modeling_kl_vae",
+    "MarConfig": "modeling.mar.configuration_mar",
+    "MarForImageGeneration": "modeling.mar.modeling_mar",
+    "MarModel": "modeling.mar.modeling_mar",
+    "Masked": "generation.decoding.masked",
     "NextScale": "generation.decoding.next_scale",
     "NextToken": "generation.decoding.next_token",
     "RarConfig": "modeling.rar.configuration_rar",
@@ -128,6 +141,7 @@ __all__ = [
     "MaskGitVQModel",
     "MultiScaleVQConfig",
     "MultiScaleVQModel",
+    "DiffusionStepAnnealing",
     "GroupedSpeculative",
     "MaximalCouplingJacobi",
     "RelaxedAcceptance",
@@ -146,6 +160,12 @@ __all__ = [
     "TypicalAcceptance",
     "SpecTr",
     "SpeculativeJacobi",
+    "KlVaeConfig",
+    "KlVaeModel",
+    "MarConfig",
+    "MarForImageGeneration",
+    "MarModel",
+    "Masked",
     "NextScale",
     "NextToken",
     "RarConfig",

@@ -120,6 +120,23 @@ FAMILIES = {
             generator="modeling_rar.RarForImageGeneration",
             processor="hf_argen.processors.processing_rar.RarProcessor",
         ),
+        Family(
+            name="kl_vae",
+            package="hf_argen.modeling.tokenizers.kl_vae",
+            title="KL-16, the autoencoder of MAR and the families after it (arXiv 2112.10752)",
+            config="configuration_kl_vae.KlVaeConfig",
+            base_model="modeling_kl_vae.KlVaeModel",
+            picture_processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
+        ),
+        Family(
+            name="mar",
+            package="hf_argen.modeling.mar",
+            title="MAR, masked generation of continuous tokens (arXiv 2406.11838)",
+            config="configuration_mar.MarConfig",
+            base_model="modeling_mar.MarModel",
+            generator="modeling_mar.MarForImageGeneration",
+            processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
+        ),
     )
 }
 
@@ -178,6 +195,7 @@ def new_processor(config: PreTrainedConfig) -> ProcessorMixin | None:
     factor = getattr(
         config.image_tokenizer_config, "downsampling_factor", 16
     )  # 16 where it is not part of the model
+    factor *= getattr(config, "patch_size", 1)  # of latents to a token
     image_size = [side * factor for side in config.grid_sizes[-1]]
     classes = None
     if config.condition_type == "class" and config.num_classes == NUM_IMAGENET_CLASSES:

@@ -10,7 +10,9 @@ from hf_argen import (
     CodeConfig,
     CodeForImageGeneration,
     CollaborativeNextScale,
+    DiffusionStepAnnealing,
     GroupedSpeculative,
+    Masked,
     MaximalCouplingJacobi,
     NextScale,
     NextToken,
@@ -23,6 +25,7 @@ from hf_argen import (
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.tiny import (
     spread,
+    tiny_mar,
     tiny_next_token,
     tiny_var,
     tokenizer_config,
@@ -160,6 +163,38 @@ class TestSpeculativeDecodingOfRar(TestSpeculativeDecoding):
 
 class TestRelaxedAcceptanceOfRar(TestRelaxedAcceptance):
     family = "rar"
+
+
+class TestMasked(DecodingTests):
+    decoding_class = Masked
+    options = {"num_steps": 8, "order": "raster", "schedule": "linear"}
+    plain = "masked"
+
+    def make_model(self):
+        return tiny_mar()
+
+    def test_distribution_is_the_plain_one(self):
+        """Proved in test_masked.py, on a head of two values."""
+        assert self.decoding_class.type_name() == self.plain
+
+
+class TestDiffusionStepAnnealing(DecodingTests):
+    decoding_class = DiffusionStepAnnealing
+    options = {
+        "num_steps": 8,
+        "order": "raster",
+        "schedule": "linear",
+        "most_head_steps": 20,
+        "least_head_steps": 2,
+        "annealing": "cosine",
+    }
+    plain = "masked"
+
+    def make_model(self):
+        return tiny_mar()
+
+    def make_decoding(self):
+        return DiffusionStepAnnealing(num_steps=3, most_head_steps=4, least_head_steps=2)
 
 
 # The distribution of next-scale sampling is the product of the model's guided probabilities.

@@ -105,6 +105,18 @@ class Enumerator:
     def uniform(self, choices: int, count: int, generator, device) -> torch.Tensor:
         return torch.tensor([self._choose([1 / choices] * choices) for _ in range(count)], device=device)
 
+    def permutations(self, items: int, count: int, generator, device) -> torch.Tensor:
+        orders = []
+        for _ in range(count):
+            left = list(range(items))
+            orders.append([left.pop(self._choose([1 / len(left)] * len(left))) for _ in range(items)])
+        return torch.tensor(orders, device=device)
+
+    def normal(self, shape, generator, device) -> torch.Tensor:
+        raise AssertionError("normal noise has no branches to follow; prove such a head by its moments")
+
+    rand = normal
+
     def gumbel(self, like: torch.Tensor, generator) -> torch.Tensor:
         raise AssertionError(
             "Gumbel noise has no branches to follow; prove a coupled method by a chi-square test"

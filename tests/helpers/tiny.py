@@ -7,9 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from hf_argen import (
+    KlVaeConfig,
     LlamaGenConfig,
     LlamaGenForImageGeneration,
     LlamaGenVQConfig,
+    MarConfig,
+    MarForImageGeneration,
     MaskGitVQConfig,
     MultiScaleVQConfig,
     RarConfig,
@@ -185,6 +188,74 @@ def rar_config(**changes) -> RarConfig:
 def tiny_rar(**changes) -> RarForImageGeneration:
     """The class-conditional model with spread weights."""
     return spread(RarForImageGeneration(rar_config(**changes)))
+
+
+def kl_vae_config(**changes) -> KlVaeConfig:
+    """A KL autoencoder of 2x2 pixels a latent."""
+    fields = {
+        "latent_channels": 4,
+        "latent_scale": 0.5,
+        "base_channels": 8,
+        "channel_multiplier": [1, 2],
+        "num_res_blocks": 1,
+        "encoder_attention_levels": [1],
+        "norm_num_groups": 4,
+    }
+    return KlVaeConfig(**{**fields, **changes})
+
+
+SMALL_DIFFUSION = {
+    "type": "diffusion",
+    "width": 16,
+    "depth": 1,
+    "num_sampling_steps": 5,
+    "batch_multiplier": 2,
+}
+
+
+_SMALL = {"width": 16, "depth": 1}
+SMALL_HEADS = {
+    "diffusion": SMALL_DIFFUSION,
+    "flow": {"type": "flow", **_SMALL, "num_sampling_steps": 5, "batch_multiplier": 2},
+    "shortcut": {"type": "shortcut", **_SMALL, "num_sampling_steps": 4, "batch_multiplier": 2},
+    "mixture": {
+        "type": "mixture",
+        **_SMALL,
+        "num_heads": 2,
+        "num_components": 2,
+        "num_candidates": 20,
+    },
+    "energy": {"type": "energy", **_SMALL, "noise_size": 8},
+}
+"""A small head of each kind."""
+
+
+def mar_config(**changes) -> MarConfig:
+    """A class-conditional MAR of one layer each and 4x4 tokens on that autoencoder, without dropout."""
+    fields = {
+        "image_tokenizer_config": kl_vae_config(),
+        "grid_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_buffer_tokens": 3,
+        "num_classes": 5,
+        "head_config": SMALL_DIFFUSION,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "condition_dropout": 0.0,
+    }
+    return MarConfig(**{**fields, **changes})
+
+
+def tiny_mar(**changes) -> MarForImageGeneration:
+    """The class-conditional model with spread weights but for its head, which is tamer, so that tokens stay small."""
+    model = spread(MarForImageGeneration(mar_config(**changes)))
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.mul_(0.3)
+    return model
 
 
 NEXT_TOKEN_FAMILIES = {

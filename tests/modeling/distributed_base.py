@@ -14,8 +14,6 @@ from transformers.distributed import DistributedConfig
 
 from ..helpers.processes import SIZE, in_two_processes
 
-SAMPLING = {"do_sample": True, "guidance_scale": 1.5, "top_k": 8}
-
 
 class DistributedTests:
     """Part of [`FamilyTests`]; what the processes find out is shared by the tests of a class."""
@@ -45,13 +43,13 @@ class DistributedTests:
 
     def test_tensor_parallelism_gives_the_tokens_of_one_process(self, together, alone):
         for seen in together:
-            assert torch.equal(seen["tensor parallel"]["greedy"], alone["greedy"])
+            assert self.same(seen["tensor parallel"]["greedy"], alone["greedy"])
 
     def test_tensor_parallelism_draws_the_same_noise(self, together, alone):
         """That of the first process, although the generators of the processes had other seeds."""
         for seen in together:
             for kind in ("global generator", "one generator", "generators"):
-                assert torch.equal(seen["tensor parallel"][kind], alone[kind]), kind
+                assert self.same(seen["tensor parallel"][kind], alone[kind]), kind
 
     def test_tensor_parallelism_saves_the_whole_model(self, together):
         assert all(seen["tensor parallel"]["saved is whole"] for seen in together)
@@ -68,7 +66,7 @@ class DistributedTests:
         """They can be put together again, and the divided model generates."""
         for seen in together:
             assert seen["FSDP"]["is divided"] and seen["FSDP"]["gathers the whole"]
-            assert torch.equal(seen["FSDP"]["greedy"], alone["greedy"])
+            assert self.same(seen["FSDP"]["greedy"], alone["greedy"])
 
 
 def matches(name: str, rule: str) -> bool:
@@ -87,9 +85,9 @@ def drawn(tests: Any, model: torch.nn.Module, seed: int) -> dict[str, torch.Tens
     generators = [torch.Generator().manual_seed(seed + i) for i in range(3)]
     return {
         "greedy": model.generate(**conditions, do_sample=False, guidance_scale=1.5),
-        "global generator": model.generate(**conditions, **SAMPLING),
-        "one generator": model.generate(**conditions, **SAMPLING, generator=generators[2]),
-        "generators": model.generate(**conditions, **SAMPLING, generator=generators[:2]),
+        "global generator": model.generate(**conditions, **tests.sampling),
+        "one generator": model.generate(**conditions, **tests.sampling, generator=generators[2]),
+        "generators": model.generate(**conditions, **tests.sampling, generator=generators[:2]),
     }
 
 

@@ -264,7 +264,7 @@ class ModelTests:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     def some_key(self, model) -> str:
-        return next(name for name, parameter in model.named_parameters() if parameter.ndim == 2)
+        return next(name for name, parameter in model.named_parameters() if parameter.ndim >= 2)
 
     def test_missing_weight(self, model, tmp_path, caplog):
         key = self.some_key(model)
@@ -357,7 +357,10 @@ class ModelTests:
             is_kept = any(one in f".{name}" for one in kept)
             assert parameter.dtype == (torch.float32 if is_kept else torch.float16), name
         model = self.model_class.from_pretrained(folder, dtype=torch.bfloat16)
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        strict = [f".{name}." for name in self.model_class._keep_in_fp32_modules_strict or ()]
+        for name, parameter in model.named_parameters():
+            is_kept = any(one in f".{name}" for one in strict)
+            assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
         for feed in self.feeds:
             loss = self.loss(model, feed)
             assert loss.dtype == torch.float32 and torch.isfinite(loss)

@@ -49,31 +49,31 @@ class PlacementTests:
     @torch.no_grad()
     def test_types_and_attention_implementations(self, model, folder, dtype):
         batch, expected = self.make_batch("ids"), self.greedy(model)
-        logits = model(**batch).logits
+        logits = self.prediction(model(**batch))
         is_slow = dtype == torch.float16 and not cpu_has_float16()
         for name in self.attention:
             other = self.model_class.from_pretrained(folder, dtype=dtype, attn_implementation=name)
             assert (other.dtype, other.config._attn_implementation) == (dtype, name)
             found = other(**batch)
-            assert found.logits.dtype == found.loss.dtype == torch.float32
-            assert logits_cosine(found.logits, logits) > PRECISION[dtype], name
+            assert found.loss.dtype == torch.float32
+            assert logits_cosine(self.prediction(found), logits) > PRECISION[dtype], name
             with pytest.warns(match="very slow.*bfloat16") if is_slow else nullcontext():
                 ids = self.greedy(other)
             assert other.decode_images(ids).dtype == torch.float32
             if dtype == torch.float32:
-                assert torch.equal(ids, expected), name
+                assert self.same(ids, expected), name
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", PRECISION, ids=lambda dtype: str(dtype).removeprefix("torch."))
     @torch.no_grad()
     def test_types_and_attention_implementations_on_a_gpu(self, model, folder, dtype):
         batch = self.make_batch("ids")
-        logits = model(**batch).logits
+        logits = self.prediction(model(**batch))
         for name in self.attention:
             other = self.model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation=name, device_map="cuda"
             )
-            found = other(**{key: value.to("cuda") for key, value in batch.items()}).logits
+            found = self.prediction(other(**{key: value.to("cuda") for key, value in batch.items()}))
             assert logits_cosine(found.cpu(), logits) > PRECISION[dtype], name
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
@@ -118,7 +118,7 @@ class PlacementTests:
         )
         self.check_kept(quantized, name)
         batch, before = self.make_batch("ids"), clones(quantized)
-        logits, ids = quantized(**batch).logits, self.greedy(quantized)
+        logits, ids = self.prediction(quantized(**batch)), self.greedy(quantized)
         assert ids.shape == (2, self.num_tokens)
 
         quantized.save_pretrained(tmp_path / "small")
@@ -128,9 +128,11 @@ class PlacementTests:
             after = other.state_dict()
             assert after.keys() == before.keys()
             assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-            assert torch.equal(other(**batch).logits, logits) and torch.equal(self.greedy(other), ids)
+            assert torch.equal(self.prediction(other(**batch)), logits) and torch.equal(
+                self.greedy(other), ids
+            )
         self.check_plain(model, loaded, name)
-        assert logits_cosine(loaded.to(torch.bfloat16)(**batch).logits, logits) > 0.98
+        assert logits_cosine(self.prediction(loaded.to(torch.bfloat16)(**batch)), logits) > 0.98
 
     def check_plain(self, model, quantized, name: str) -> None:
         """Quantization has changed no weight by more than it may; leaves `quantized` in plain weights."""
@@ -160,7 +162,9 @@ class PlacementTests:
             or name.endswith(kept)
             or (quantization != "8-bit" and module.in_features % 64)
         }
-        assert all(linear[name].weight.dtype == torch.bfloat16 for name in plain)
+        strict = tuple(quantized._keep_in_fp32_modules_strict)  # also beside bfloat16
+        for name in plain:
+            assert linear[name].weight.dtype == (torch.float32 if name.startswith(strict) else torch.bfloat16)
         assert quantized.dtype == torch.bfloat16 and len(plain) < len(linear)
 
 

@@ -7,10 +7,14 @@ from hf_argen import (
     CodeConfig,
     CodeForImageGeneration,
     CollaborativeNextScale,
+    KlVaeConfig,
+    KlVaeModel,
     LlamaGenConfig,
     LlamaGenForImageGeneration,
     LlamaGenVQConfig,
     LlamaGenVQModel,
+    MarConfig,
+    MarForImageGeneration,
     MaskGitVQConfig,
     MaskGitVQModel,
     MultiScaleVQConfig,
@@ -23,8 +27,10 @@ from hf_argen import (
 )
 
 from ..helpers.tiny import (
+    kl_vae_config,
     llamagen_config,
     llamagen_vq_config,
+    mar_config,
     maskgit_vq_config,
     rar_config,
     text_encoder_config,
@@ -32,6 +38,7 @@ from ..helpers.tiny import (
     tokenizer_config,
     var_config,
 )
+from .continuous_base import ContinuousFamilyTests
 from .family_base import FamilyTests
 from .tokenizer_base import TokenizerTests
 
@@ -270,3 +277,94 @@ class TestRarOfText(TestRar):
         mask = torch.ones_like(ids)
         mask[0, 3:] = 0
         return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
+
+
+class TestKlVae(TokenizerTests):
+    model_class = KlVaeModel
+    picture = (3, 8, 8)
+    num_tokens = 16
+    quantizer = "quant_conv"
+
+    def make_config(self, **changes) -> KlVaeConfig:
+        return kl_vae_config(**{"grid_size": 4, **changes})
+
+
+class TestKlVaeWithoutVariance(TestKlVae):
+    """Attention elsewhere, means alone, grey pictures that are not square."""
+
+    picture = (1, 8, 16)
+    num_tokens = 8
+
+    def make_config(self, **changes):
+        fields = {
+            "variational": False,
+            "in_channels": 1,
+            "grid_size": [2, 4],
+            "channel_multiplier": [1, 1, 2],
+            "encoder_attention_levels": [],
+            "decoder_attention_levels": [1, 2],
+        }
+        return kl_vae_config(**{**fields, **changes})
+
+
+class TestMar(ContinuousFamilyTests):
+    model_class = MarForImageGeneration
+    num_tokens = 16
+    num_hidden = 12
+    picture = (3, 8, 8)
+    decodings = ["diffusion_step_annealing", "masked"]
+
+    def make_decoding(self, name):
+        steps = {"most_head_steps": 4, "least_head_steps": 2} if name != "masked" else {}
+        return {"type": name, "num_steps": 3, **steps}
+
+    def make_config(self, **changes) -> MarConfig:
+        return mar_config(**changes)
+
+
+class TestMarOfPatches(TestMar):
+    """Tokens of 2x2 latents, a decoder unlike the encoder, text, pictures that are not square."""
+
+    num_tokens = 32
+    num_hidden = 5
+    picture = (3, 8, 16)
+
+    def make_config(self, **changes):
+        encoder = text_encoder_config(12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        fields = {
+            "condition_type": "text",
+            "text_encoder_config": encoder,
+            "grid_size": [2, 4],
+            "patch_size": 2,
+            "decoder_hidden_size": 64,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 4,
+        }
+        return super().make_config(**{**fields, **changes})
+
+    def conditions(self, size):
+        ids = torch.arange(size * 5).view(size, 5) % 11 + 1
+        mask = torch.ones_like(ids)
+        mask[0, 3:] = 0
+        return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
+
+
+class TestFluid(TestMar):
+    """Caption tokens through layers of their own, to which every layer attends (arXiv 2410.13863)."""
+
+    def make_config(self, **changes):
+        fields = {
+            "condition_type": "text",
+            "text_embed_dim": 12,
+            "text_conditioning": "cross_attention",
+            "num_text_layers": 1,
+        }
+        return super().make_config(**{**fields, **changes})
+
+    def conditions(self, size):
+        generator = torch.Generator().manual_seed(1)
+        mask = (torch.arange(6)[None] <= torch.arange(size)[:, None] % 4 + 1).long()
+        return {
+            "prompt_embeds": torch.randn(size, 6, 12, generator=generator),
+            "prompt_attention_mask": mask,
+        }

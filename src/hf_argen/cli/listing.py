@@ -57,7 +57,10 @@ def conditions(config: Any) -> str:
 def picture_size(config: Any) -> str:
     """The size of the pictures of a model or visual tokenizer."""
     tokenizer = getattr(config, "image_tokenizer_config", None) or config
-    height, width = (side * tokenizer.downsampling_factor for side in config.grid_sizes[-1])
+    factor = tokenizer.downsampling_factor
+    if tokenizer is not config:
+        factor *= getattr(config, "patch_size", 1)  # of latents to a token
+    height, width = (side * factor for side in config.grid_sizes[-1])
     return f"{width}x{height} pixels"
 
 

@@ -78,18 +78,26 @@ def as_class_labels(labels: Any) -> torch.Tensor:
     return tensor
 
 
-def prepare_edit(
-    model: Any, pixel_values: Any, input_ids: Any, keep_mask: Any, batch_size: int
-) -> Edit | None:
-    """The source picture as tokens and the mask on the last token grid, one of each per picture; `None` without."""
-    if pixel_values is None and input_ids is None and keep_mask is None:
+def prepare_edit(model: Any, sources: dict[str, Any], keep_mask: Any, batch_size: int) -> Edit | None:
+    """
+    The source picture as tokens and the mask on the last token grid, one of each per picture; `None` without.
+
+    Args:
+        sources: `pixel_values`, and the model's kind of tokens, `input_ids` or `latents`; `None` where not given.
+        keep_mask: see `generate`.
+    """
+    kind, other = ("latents", "input_ids") if model.draws_latents else ("input_ids", "latents")
+    if sources[other] is not None:
+        raise ValueError(f"The tokens of this model are {kind}; give these, or pixel_values, not {other}.")
+    pixel_values, tokens = sources["pixel_values"], sources[kind]
+    if pixel_values is None and tokens is None and keep_mask is None:
         return None
-    if keep_mask is None or (pixel_values is None) == (input_ids is None):
-        raise ValueError("Editing needs keep_mask and the source picture, as pixel_values or as input_ids.")
-    if input_ids is None:
+    if keep_mask is None or (pixel_values is None) == (tokens is None):
+        raise ValueError(f"Editing needs keep_mask and the source picture, as pixel_values or as {kind}.")
+    if tokens is None:
         source = model.encode_images(_tensor("pixel_values", pixel_values).to(model.input_device))
     else:
-        source = _tensor("input_ids", input_ids).to(model.input_device)
+        source = _tensor(kind, tokens).to(model.input_device)
     return Edit(
         ids=_one_per_row(source, batch_size, "source picture"),
         keep=_one_per_row(mask_on_grid(model, keep_mask), batch_size, "keep_mask"),
@@ -99,7 +107,10 @@ def prepare_edit(
 def mask_on_grid(model: Any, keep_mask: Any) -> torch.Tensor:
     """A mask on the last token grid or in pixels to (batch, h, w) float32 of 0 and 1 on the grid."""
     grid = model.config.grid_sizes[-1]
-    factor = model.check_image_tokenizer().config.downsampling_factor
+    latents = getattr(
+        model.config, "patch_size", 1
+    )  # of a side of a token, where tokens are squares of several
+    factor = model.check_image_tokenizer().config.downsampling_factor * latents
     picture = (grid[0] * factor, grid[1] * factor)
     try:
         mask = torch.as_tensor(keep_mask, device=model.input_device)

@@ -33,6 +33,8 @@ class ImageGenerationOutput(ModelOutput):
         feature_maps: next-scale models: the feature map (batch, channels, h, w) after each scale.
         logits: with `output_logits`, guided logits (batch, tokens, vocab_size) before any logits processor.
         accept_lengths: draft-and-verify decodings: tokens accepted per call.
+        orders: masked models: (batch, tokens), positions in the order in which they became known.
+        head_calls: models of continuous tokens: runs of the head's network.
     """
 
     sequences: torch.Tensor | None = None
@@ -43,6 +45,8 @@ class ImageGenerationOutput(ModelOutput):
     feature_maps: tuple[torch.FloatTensor, ...] | None = None
     logits: torch.FloatTensor | None = None
     accept_lengths: torch.Tensor | None = None
+    orders: torch.LongTensor | None = None
+    head_calls: int | None = None
 
 
 class ImageGenerationMixin(GenerationMixin):
@@ -55,6 +59,7 @@ class ImageGenerationMixin(GenerationMixin):
     predictor_class: type[Predictor]
     default_guidance_schedule: GuidanceSchedule = "constant"
     neutral_guidance_scale: float = 0.0  # see Guidance
+    draws_latents: bool = False  # whether tokens are vectors, not ids
     clips_top_k: bool = (
         False  # whether a top_k beyond the vocabulary means all of it, as in the authors' code
     )
@@ -75,6 +80,7 @@ class ImageGenerationMixin(GenerationMixin):
         prompt_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
         decoding: Decoding | dict[str, Any] | str | None = None,
         generation_config: GenerationConfig | None = None,
@@ -92,8 +98,8 @@ class ImageGenerationMixin(GenerationMixin):
             class_labels: class of each picture, -1 for none; `None` draws `num_return_sequences` classes.
             prompt_embeds, prompt_ids, prompt_attention_mask: text, for text-conditional models; with neither,
                 `num_return_sequences` pictures are drawn without condition.
-            pixel_values, input_ids: a source picture (batch or 1, channels, height, width) in [-1, 1], or its tokens,
-                of which `keep_mask` keeps a part: in-painting, out-painting, and editing when the class differs.
+            pixel_values, input_ids, latents: a source picture (batch or 1, channels, height, width) in [-1, 1], or its
+                tokens, of which `keep_mask` keeps a part: in-painting, out-painting, and editing when the class differs.
             keep_mask: nonzero where the source is kept; (h, w) or (batch, h, w), on the last token grid or in pixels.
             decoding: how to decode, as an instance, a name or a stored dict; default: the one stored in
                 `generation_config`, else the family's plain one.
@@ -132,7 +138,12 @@ class ImageGenerationMixin(GenerationMixin):
             self, class_labels, texts, config.num_return_sequences, generator
         )
         check_number_of_generators(generator, batch_size)
-        edit = prepare_edit(self, pixel_values, input_ids, keep_mask, batch_size)
+        edit = prepare_edit(
+            self,
+            {"pixel_values": pixel_values, "input_ids": input_ids, "latents": latents},
+            keep_mask,
+            batch_size,
+        )
         if config.do_sample:
             self.draw_ahead(batch_size, generator)
         predictor = self.predictor_class(self, self._guidance(config, guidance_schedule))

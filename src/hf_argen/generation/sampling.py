@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -29,6 +30,14 @@ class Randomness(Protocol):
 
     def uniform(
         self, choices: int, count: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor: ...
+
+    def normal(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor: ...
+
+    def rand(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor: ...
+
+    def permutations(
+        self, items: int, count: int, generator: Generators, device: torch.device
     ) -> torch.Tensor: ...
 
 
@@ -69,6 +78,24 @@ class TorchRandomness:
         if isinstance(generator, Sequence):
             return torch.cat([torch.multinomial(probs, 1, True, generator=one) for one in generator])
         return torch.multinomial(probs, count, True, generator=generator)
+
+    def normal(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+        if isinstance(generator, Sequence):
+            rows = [torch.randn(*shape[1:], generator=one, device=device) for one in generator]
+            return torch.stack(rows)
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def rand(self, shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+        if isinstance(generator, Sequence):
+            rows = [torch.rand(*shape[1:], generator=one, device=device) for one in generator]
+            return torch.stack(rows)
+        return torch.rand(*shape, generator=generator, device=device)
+
+    def permutations(
+        self, items: int, count: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor:
+        several = generator if isinstance(generator, Sequence) else [generator] * count
+        return torch.stack([torch.randperm(items, generator=one, device=device) for one in several])
 
 
 _TORCH: Randomness = TorchRandomness()
@@ -144,6 +171,29 @@ def residual(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
     rest = (target - draft).clamp(min=0)
     total = rest.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target)
+
+
+def normal(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Standard normal noise of the given shape (batch, ...), float32."""
+    return _source.get().normal(shape, generator, device)
+
+
+def rand(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Uniform noise in [0, 1) of the given shape (batch, ...), float32."""
+    return _source.get().rand(shape, generator, device)
+
+
+def permutations(items: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:
+    """`count` orders of `items` things, one per row of the batch, each equally likely; (count, items) int64."""
+    return _source.get().permutations(items, count, generator, device)
+
+
+def numpy_permutations(items: int, count: int, device: torch.device) -> torch.Tensor:
+    """As [`permutations`], from numpy's global generator: so authors draw whose pictures a seed shall give again."""
+    orders = np.tile(np.arange(items), (count, 1))
+    for order in orders:
+        np.random.shuffle(order)
+    return torch.from_numpy(orders).to(device)
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: Generators = None) -> torch.Tensor:

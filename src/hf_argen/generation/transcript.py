@@ -144,7 +144,9 @@ class Transcript:
             if is_free:
                 empty = self.prompt.new_zeros(scores.shape[0] * scores.shape[1], 0)
                 rows = scores.reshape(-1, scores.shape[-1])
-                for processor in group:  # not as a list of transformers, which reads their signatures every time
+                for (
+                    processor
+                ) in group:  # not as a list of transformers, which reads their signatures every time
                     rows = processor(empty, rows)
                 scores = rows.view(scores.shape)
             else:

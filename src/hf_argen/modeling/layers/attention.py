@@ -80,7 +80,9 @@ class HeadedAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         output = self.o_proj(attended.flatten(2))
-        return self.dropout(output) if self.training else output  # at one token a step, calls of modules count
+        return (
+            self.dropout(output) if self.training else output
+        )  # at one token a step, calls of modules count
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,26 @@ def block_causal_mask(
     hidden = block[sum(lengths[:first_query]) :, None] < block[None, :]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def causal_part(states: torch.Tensor, length: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Additive mask (batch or 1, 1, n, length) of the last n of `length` positions, each of which sees those before it and itself,
+    but none that `mask` hides.
+
+    Args:
+        states: (batch, n, hidden_size) of the queries.
+        mask: additive, (batch, 1, 1, length).
+    """
+    n, device = states.shape[1], states.device
+    queries = torch.arange(length - n, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)
+    lowest = torch.finfo(states.dtype).min
+    causal = torch.zeros(n, length, dtype=states.dtype, device=device).masked_fill_(keys > queries, lowest)
+    if mask is None:
+        return causal[None, None]
+    hidden = (mask < 0) & (keys != queries)
+    return causal.masked_fill(hidden, lowest)
 
 
 def causal_mask(

@@ -3,6 +3,7 @@
 Shapes are channels first: (batch, channels, height, width). Every level but the lowest halves the resolution.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -150,6 +151,13 @@ def middle(
     return MidBlock(channels, attention, **common)
 
 
+def levels_with_attention(given: Collection[int] | None, at_lowest: bool, lowest: int) -> Collection[int]:
+    """The levels with attention: those that are given, otherwise the lowest or none."""
+    if given is not None:
+        return given
+    return (lowest,) if at_lowest else ()
+
+
 class ConvEncoder(nn.Module):
     """Pixels (batch, in_channels, H, W) to features (batch, out_channels, H / f, W / f), f = 2 ** (levels - 1).
 
@@ -159,11 +167,12 @@ class ConvEncoder(nn.Module):
         base_channels: width of the first level.
         channel_multiplier: width of each level in units of `base_channels`, from the highest resolution down.
         num_res_blocks: residual blocks per level.
-        attention_at_lowest: attention in the lowest level and in the middle.
+        attention_at_lowest: attention in the middle and, without `attention_levels`, in the lowest level.
         norm_num_groups, norm_eps: of every group norm.
         dropout: inside the residual blocks.
         maskgit: the form of MaskGIT (arXiv 2202.04200): see [`ResnetBlock`]; no attention, `num_res_blocks` residual
             blocks in the middle, halving by averaging, no bias in the first convolution, the last one 1x1.
+        attention_levels: the levels with attention after each of their residual blocks.
     """
 
     def __init__(
@@ -178,6 +187,7 @@ class ConvEncoder(nn.Module):
         norm_eps: float,
         dropout: float,
         maskgit: bool = False,
+        attention_levels: Collection[int] | None = None,
     ):
         super().__init__()
         common = {"norm_num_groups": norm_num_groups, "norm_eps": norm_eps, "dropout": dropout}
@@ -185,9 +195,9 @@ class ConvEncoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1, bias=not maskgit)
         self.down_blocks = nn.ModuleList()
         last, previous = len(widths) - 1, base_channels
+        attended = levels_with_attention(attention_levels, attention_at_lowest, last)
         for i, width in enumerate(widths):
-            attention = attention_at_lowest and i == last
-            level = Level(previous, width, num_res_blocks, attention, maskgit=maskgit, **common)
+            level = Level(previous, width, num_res_blocks, i in attended, maskgit=maskgit, **common)
             if i != last:
                 level.downsample = nn.AvgPool2d(2) if maskgit else Downsample(width)
             self.down_blocks.append(level)
@@ -226,6 +236,7 @@ class ConvDecoder(nn.Module):
         norm_eps: float,
         dropout: float,
         maskgit: bool = False,
+        attention_levels: Collection[int] | None = None,
     ):
         super().__init__()
         common = {"norm_num_groups": norm_num_groups, "norm_eps": norm_eps, "dropout": dropout}
@@ -234,9 +245,10 @@ class ConvDecoder(nn.Module):
         self.mid_block = middle(widths[-1], num_res_blocks, attention_at_lowest, maskgit, common)
         self.up_blocks = nn.ModuleList()
         last, num_blocks = len(widths) - 1, num_res_blocks + (not maskgit)
+        attended = levels_with_attention(attention_levels, attention_at_lowest, last)
         for i, width in enumerate(widths):
-            previous, attention = widths[min(i + 1, last)], attention_at_lowest and i == last
-            level = Level(previous, width, num_blocks, attention, maskgit=maskgit, **common)
+            previous = widths[min(i + 1, last)]
+            level = Level(previous, width, num_blocks, i in attended, maskgit=maskgit, **common)
             if i != 0:
                 level.upsample = Upsample(width)
             self.up_blocks.append(level)

@@ -20,10 +20,8 @@ def normalize_grid(grid_size: GridSize | None) -> int | list[int] | None:
     return height if height == width else [height, width]
 
 
-class GridTokenizerConfigMixin:
-    """
-    For configurations with `codebook_size`, `channel_multiplier` and `grid_size` (`None`: pictures of any size).
-    """
+class GridConfigMixin:
+    """For configurations with `channel_multiplier` and `grid_size` (`None`: pictures of any size)."""
 
     channel_multiplier: Any
     grid_size: Any
@@ -37,6 +35,10 @@ class GridTokenizerConfigMixin:
     def grid_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of the token grid, as a list of one; empty if any size will do."""
         return [] if self.grid_size is None else [as_sides(self.grid_size)]
+
+
+class GridTokenizerConfigMixin(GridConfigMixin):
+    """Of tokenizers whose cells are codes out of a book: the configuration has `codebook_size`, too."""
 
 
 def complete_from_tokenizer(config: Any, codebook_size: int, grid_size: GridSize) -> None:

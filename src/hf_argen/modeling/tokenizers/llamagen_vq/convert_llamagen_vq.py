@@ -7,27 +7,17 @@ from typing import Any
 from ...checkpoints import ConversionError
 from ...conversion import ConversionPlan, Converter, OriginalArguments, shape_of
 from ...key_map import Drop, KeyMap, Rename, Rule, StateDict, count
+from ..key_rules import attention, resnet
 from .configuration_llamagen_vq import LlamaGenVQConfig
 
 # Where the authors' trainers put the weights, in the order in which their scripts look.
 NESTINGS = (("model",), ("module",), ("state_dict",))
 
 
-def _resnet(theirs: str, ours: str) -> list[Rule]:
-    parts = ("norm1", "conv1", "norm2", "conv2")
-    kept = [Rename(f"{theirs}.{part}.{{leaf}}", f"{ours}.{part}.{{leaf}}") for part in parts]
-    return [*kept, Rename(f"{theirs}.nin_shortcut.{{leaf}}", f"{ours}.shortcut.{{leaf}}")]
-
-
-def _attention(theirs: str, ours: str) -> list[Rule]:
-    parts = {"norm": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "proj"}
-    return [Rename(f"{theirs}.{part}.{{leaf}}", f"{ours}.{own}.{{leaf}}") for part, own in parts.items()]
-
-
 def _level(theirs: str, ours: str, resampling: str) -> list[Rule]:
     return [
-        *_resnet(f"{theirs}.res.{{j}}", f"{ours}.resnets.{{j}}"),
-        *_attention(f"{theirs}.attn.{{j}}", f"{ours}.attentions.{{j}}"),
+        *resnet(f"{theirs}.res.{{j}}", f"{ours}.resnets.{{j}}"),
+        *attention(f"{theirs}.attn.{{j}}", f"{ours}.attentions.{{j}}"),
         Rename(f"{theirs}.{resampling}.conv.{{leaf}}", f"{ours}.{resampling}.{{leaf}}"),
     ]
 
@@ -36,9 +26,9 @@ def _ends(name: str) -> list[Rule]:
     """What encoder and decoder both have around their levels."""
     return [
         Rename(f"{name}.conv_in.{{leaf}}", f"{name}.conv_in.{{leaf}}"),
-        *_resnet(f"{name}.mid.0", f"{name}.mid_block.resnet_1"),
-        *_attention(f"{name}.mid.1", f"{name}.mid_block.attention"),
-        *_resnet(f"{name}.mid.2", f"{name}.mid_block.resnet_2"),
+        *resnet(f"{name}.mid.0", f"{name}.mid_block.resnet_1"),
+        *attention(f"{name}.mid.1", f"{name}.mid_block.attention"),
+        *resnet(f"{name}.mid.2", f"{name}.mid_block.resnet_2"),
         Rename(f"{name}.norm_out.{{leaf}}", f"{name}.norm_out.{{leaf}}"),
         Rename(f"{name}.conv_out.{{leaf}}", f"{name}.conv_out.{{leaf}}"),
     ]

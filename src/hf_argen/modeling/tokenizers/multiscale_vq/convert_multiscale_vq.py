@@ -8,16 +8,11 @@ import torch
 from ...checkpoints import ConversionError
 from ...conversion import ConversionPlan, Converter, OriginalArguments, shape_of
 from ...key_map import KeyMap, Rename, Rule, Split, StateDict, count
+from ..key_rules import coder
 from .configuration_multiscale_vq import MultiScaleVQConfig, normalize_patch_nums
 
 RELEASED_PATCH_NUMS = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]  # of the released 256 px models
 HITS = "quantize.ema_vocab_hit_SV"
-
-
-def _resnet(theirs: str, ours: str) -> list[Rule]:
-    kept = [Rename(f"{theirs}.{layer}.{{leaf}}", f"{ours}.{layer}.{{leaf}}") for layer in ("norm1", "conv1")]
-    kept += [Rename(f"{theirs}.{layer}.{{leaf}}", f"{ours}.{layer}.{{leaf}}") for layer in ("norm2", "conv2")]
-    return [*kept, Rename(f"{theirs}.nin_shortcut.{{leaf}}", f"{ours}.shortcut.{{leaf}}")]
 
 
 def _attention(theirs: str, ours: str) -> list[Rule]:
@@ -28,26 +23,10 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def _coder(name: str, level: str, blocks: str, resampling: str) -> list[Rule]:
-    """Encoder or decoder; both have the same parts."""
-    theirs, ours = f"{name}.{level}.{{i}}", f"{name}.{blocks}.{{i}}"
-    return [
-        Rename(f"{name}.conv_in.{{leaf}}", f"{name}.conv_in.{{leaf}}"),
-        *_resnet(f"{theirs}.block.{{j}}", f"{ours}.resnets.{{j}}"),
-        *_attention(f"{theirs}.attn.{{j}}", f"{ours}.attentions.{{j}}"),
-        Rename(f"{theirs}.{resampling}.conv.{{leaf}}", f"{ours}.{resampling}.{{leaf}}"),
-        *_resnet(f"{name}.mid.block_1", f"{name}.mid_block.resnet_1"),
-        *_attention(f"{name}.mid.attn_1", f"{name}.mid_block.attention"),
-        *_resnet(f"{name}.mid.block_2", f"{name}.mid_block.resnet_2"),
-        Rename(f"{name}.norm_out.{{leaf}}", f"{name}.norm_out.{{leaf}}"),
-        Rename(f"{name}.conv_out.{{leaf}}", f"{name}.conv_out.{{leaf}}"),
-    ]
-
-
 TOKENIZER = KeyMap(
     [
-        *_coder("encoder", "down", "down_blocks", "downsample"),
-        *_coder("decoder", "up", "up_blocks", "upsample"),
+        *coder("encoder", "down", "down_blocks", "downsample", _attention),
+        *coder("decoder", "up", "up_blocks", "upsample", _attention),
         Rename("quant_conv.{leaf}", "quant_conv.{leaf}"),
         Rename("post_quant_conv.{leaf}", "post_quant_conv.{leaf}"),
         Rename("quantize.embedding.weight", "quantizer.embedding.weight"),

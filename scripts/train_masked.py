@@ -1,0 +1,204 @@
+"""
+Trains the small masked models of continuous tokens on which heads and decodings are measured: pictures of emoji, 64x64,
+drawn from words, several tokens at a time.
+
+First a KL autoencoder of 8x8 latents on the 1,391 rendered emoji, which all share; then a text-conditional MAR on its
+latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` start from the
+transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. A checkpoint is written every few minutes; a
+run that was killed goes on from the last one when the same command is given again, and ends as it would have without the
+kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
+
+    python scripts/train_masked.py diffusion --output runs/emoji-masked
+    python scripts/train_masked.py flow --output runs/emoji-masked
+
+The results are the folders OUTPUT/emoji-mar-HEAD, each with `sheet.png`.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from emoji_training import (
+    DATA,
+    PROMPTS,
+    SIZE,
+    AutoencoderTrainer,
+    Stage,
+    parser,
+    prompt_processor,
+    save,
+    sheet,
+    train_generator,
+    train_tokenizer,
+)
+from evaluate_emoji import Yardstick, draw, evaluate
+from transformers import PreTrainedModel, T5Config
+
+from hf_argen import (
+    KlVaeConfig,
+    KlVaeModel,
+    LlamaGenProcessor,
+    MarConfig,
+    MarForImageGeneration,
+    Masked,
+)
+from hf_argen.data.emoji import EmojiSet, to_uint8
+from hf_argen.processors.base import ImageGenerationProcessor
+
+TOKENIZER = {
+    "latent_channels": 16,
+    "base_channels": 16,
+    "channel_multiplier": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "encoder_attention_levels": [3],
+    "norm_num_groups": 8,
+    "grid_size": 8,
+    "kl_loss_weight": 1e-5,
+}
+MAR = {
+    "condition_type": "text",
+    "text_embed_dim": 128,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 640,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "num_buffer_tokens": 8,
+}
+TEXT_ENCODER = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 512,
+    "num_layers": 1,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "diffusion": {"width": 256, "depth": 3, "num_sampling_steps": 50, "batch_multiplier": 4},
+    "flow": {"width": 256, "depth": 3, "num_sampling_steps": 16, "solver": "heun", "batch_multiplier": 4},
+    "shortcut": {"width": 256, "depth": 3, "num_sampling_steps": 4, "batch_multiplier": 4},
+    "mixture": {"width": 192, "depth": 1, "num_heads": 4, "num_components": 4, "num_candidates": 100},
+    "energy": {"width": 256, "depth": 3, "batch_multiplier": 2},
+}
+SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0}
+DECODING = {"type": "masked", "num_steps": 16}
+
+TOKENIZER_STAGE = Stage(epochs=40, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
+STAGE = Stage(epochs=120, learning_rate=1e-3, warmup_steps=200, weight_decay=0.02, batch_size=32)
+LATER_STAGE = replace(STAGE, epochs=40)  # of heads that start from a trained transformer
+
+
+def build_tokenizer() -> KlVaeModel:
+    """The autoencoder before its training."""
+    return KlVaeModel(KlVaeConfig(**TOKENIZER))
+
+
+@torch.no_grad()
+def set_latent_scale(tokenizer: KlVaeModel, pictures: torch.Tensor) -> None:
+    """One over the standard deviation of the latents of all pictures."""
+    latents = [tokenizer.encode_latents(batch).mean for batch in pictures.split(128)]
+    tokenizer.config.latent_scale = 1 / torch.cat(latents).std().item()
+
+
+def build_model(
+    tokenizer: KlVaeModel, processor: ImageGenerationProcessor, head: str
+) -> MarForImageGeneration:
+    """MAR before its training."""
+    words = processor.tokenizer
+    encoder = T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **TEXT_ENCODER)
+    config = MarConfig(
+        image_tokenizer_config=tokenizer.config,
+        text_encoder_config=encoder,
+        head_config={"type": head, **HEADS[head]},
+        **MAR,
+    )
+    model = MarForImageGeneration(config)
+    model.image_tokenizer.load_state_dict(tokenizer.state_dict())
+    model.generation_config.update(**SAMPLING)
+    Masked.from_dict(DECODING).store(model.generation_config)
+    return model
+
+
+def trained_transformer(output: Path, head: str) -> Path | None:
+    """The folder of the model whose transformer a head starts from, if there is one."""
+    folder = output / "emoji-mar-diffusion"
+    return folder if head != "diffusion" and (folder / "config.json").is_file() else None
+
+
+def model_card(head: str, yardstick: Yardstick, parameters: int) -> str:
+    """README.md of the model folder."""
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-to-image
+tags: [hf_argen, mar, emoji]
+---
+
+# Emoji MAR with a {head} head
+
+Draws 64x64 pictures in the style of Noto Color Emoji from a few English words: masked autoregressive generation (MAR, arXiv
+2406.11838) of 8x8 continuous tokens, {parameters / 1e6:.1f} million parameters in all. It is made to measure heads and
+decodings on, not to be useful.
+
+{DATA}
+## Numbers
+
+{yardstick.table()}
+
+Made by `scripts/train_masked.py`, measured by `scripts/evaluate_emoji.py`.
+"""
+
+
+def train(
+    head: str, emoji: EmojiSet, tokenizer_stage: Stage, stage: Stage, options: argparse.Namespace
+) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
+    """Both stages of a model; the autoencoder's is shared, and so are the words."""
+    tokenizer = train_tokenizer(
+        build_tokenizer,
+        emoji,
+        tokenizer_stage,
+        options,
+        trainer_class=AutoencoderTrainer,
+        finish=set_latent_scale,
+    )
+    torch.manual_seed(options.seed)
+    processor = prompt_processor(emoji, options.output / "processor", LlamaGenProcessor)
+    model = build_model(tokenizer, processor, head)
+    start = trained_transformer(options.output, head)
+    if start is not None:
+        trained = MarForImageGeneration.from_pretrained(start, dtype=torch.float32)
+        model.model.load_state_dict(trained.model.state_dict())
+    train_generator(model, processor, emoji, stage, options, options.output / f"training-{head}")
+    return model, processor
+
+
+def main() -> None:
+    options = parser(__doc__, Path("runs/emoji-masked"))
+    options.add_argument("head", choices=list(HEADS))
+    options = options.parse_args()
+    options.sheets = options.output / f"sheets-{options.head}"
+    options.sheets.mkdir(parents=True, exist_ok=True)
+    emoji = EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
+    stage = STAGE if trained_transformer(options.output, options.head) is None else LATER_STAGE
+    model, processor = train(
+        options.head,
+        emoji,
+        replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
+        replace(stage, epochs=options.epochs or stage.epochs),
+        options,
+    )
+    model = model.to(torch.bfloat16)
+    yardstick = evaluate(model, processor, emoji)
+    print(yardstick.table())
+    card = model_card(options.head, yardstick, sum(parameter.numel() for parameter in model.parameters()))
+    folder = options.output / f"emoji-mar-{options.head}"
+    save(folder, model, processor, card=card)
+    sheet(to_uint8(draw(model, processor, list(PROMPTS)))).save(folder / "sheet.png")
+    print(f"Written: {folder}")
+
+
+if __name__ == "__main__":
+    main()
