@@ -5,4 +5,6 @@ The operations on which decoding spends its time, each written twice: `reference
 
 from .dispatch import mode, use
 
-__all__ = ["mode", "use"]
+__all__ = ["OPERATIONS", "mode", "use"]
+
+OPERATIONS = ("adaln", "sample_logits")  # one package each

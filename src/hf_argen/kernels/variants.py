@@ -1,5 +1,6 @@
 """The forms in which a kernel is compiled, and what a compiled form takes of a chip, without a GPU."""
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -118,3 +119,11 @@ def _of_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
 
     spilled = number(r"\.vgpr_spill_count:\s*(\d+)") + number(r"ScratchSize:\s*(\d+)")
     return number(r"\.vgpr_count:\s*(\d+)"), spilled, len(re.findall(r"^\t(?:[sv]|ds|global|buffer)_", text, re.MULTILINE))
+
+
+def all_variants() -> dict[str, list[Variant]]:
+    """The variants of every operation, by name."""
+    from . import OPERATIONS
+
+    package = __package__
+    return {name: importlib.import_module(f"{package}.{name}.triton").variants() for name in OPERATIONS}

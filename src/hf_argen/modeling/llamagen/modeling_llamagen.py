@@ -99,8 +99,8 @@ class LlamaGenLayer(GradientCheckpointingLayer):
         )
         if self.training:
             attended = self.drop_path(attended)
-        hidden_states = hidden_states + attended
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm(hidden_states, attended)
+        transformed = self.mlp(normed)
         if self.training:
             transformed = self.drop_path(transformed)
         return hidden_states + transformed

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_scale import NextScalePredictor
+from ...kernels.adaln import adaln, gated_residual
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
 from ..layers.attention import HeadedAttention, block_causal_mask, block_index, local_part
@@ -105,9 +106,10 @@ class VarLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), attention_mask, past_key_values
         )
-        hidden_states = torch.addcmul(hidden_states, self.drop_path(attended), gate_attn)
-        transformed = self.mlp(modulated_norm(hidden_states, scale_mlp, shift_mlp, self.eps))
-        return torch.addcmul(hidden_states, self.drop_path(transformed), gate_mlp)
+        normed, hidden_states = adaln(
+            hidden_states, scale_mlp, shift_mlp, self.eps, update=self.drop_path(attended), gate=gate_attn
+        )
+        return gated_residual(hidden_states, self.drop_path(self.mlp(normed)), gate_mlp)
 
 
 def remembered(cache: Cache | None, key: Any, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:
