@@ -7,4 +7,5 @@ from .dispatch import mode, use
 
 __all__ = ["OPERATIONS", "mode", "use"]
 
-OPERATIONS = ("adaln", "sample_logits")  # one package each
+# One package each
+OPERATIONS = ("adaln", "qk_norm_rope", "sample_logits", "tree_attention", "vector_quantize", "verify_draft")

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; Triton 3.9 asks to be told
+
+
+def stages(number: int) -> int:
+    """How many steps of a loop are under way at once: one on AMD's chips, which have little shared memory."""
+    return 1 if torch.version.hip else number
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def compiled(variant: Variant, chip: Chip) -> Usage:
     }
     source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
     target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **OPTIONS}
+    num_stages = 1 if chip.backend == "hip" else variant.num_stages
+    options = {"num_warps": variant.num_warps, "num_stages": num_stages, **OPTIONS}
     result = triton.compile(source, target=target, options=options)
     read = _of_cubin if chip.backend == "cuda" else _of_amdgcn
     registers, spilled, instructions = read(result.asm)

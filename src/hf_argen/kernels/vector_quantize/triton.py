@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..variants import OPTIONS, Variant
+from ..variants import OPTIONS, Variant, stages
 
 VECTORS, CODES, CHANNELS = 32, 64, 32  # of one step; float32 products, which the shared memory of all chips holds
 FEWEST_PROGRAMS = 128  # below that the codes are split among programs
@@ -120,7 +120,7 @@ def nearest(
         vectors, codes, distances, ids, count, len(codes), channels, of_program,
         height, width, rows, columns, *strides, codes.stride(0),
         COSINE=metric == "cosine", POOLED=size is not None, WINDOW=window,
-        VECTORS=VECTORS, CODES=CODES, CHANNELS=CHANNELS, num_warps=4, num_stages=2, **OPTIONS,
+        VECTORS=VECTORS, CODES=CODES, CHANNELS=CHANNELS, num_warps=4, num_stages=stages(2), **OPTIONS,
     )  # fmt: skip
     if parts == 1:
         return ids[:, 0]

@@ -18,8 +18,8 @@ TINY = torch.finfo(torch.float32).tiny
 @triton.jit
 def _left(target, scratch, is_changed, factor, token, inside):
     """What is left of a distribution: itself, or times a factor what earlier rejections have left of it."""
-    whole = tl.load(target + token, mask=inside & (is_changed == 0), other=0.0)
-    rest = tl.load(scratch + token, mask=inside & (is_changed != 0), other=0.0)
+    whole = tl.load(target + token, mask=(is_changed == 0) & inside, other=0.0)
+    rest = tl.load(scratch + token, mask=(is_changed != 0) & inside, other=0.0)
     return whole + rest * factor
 
 
@@ -87,7 +87,7 @@ def verify_kernel(
                     chance /= tl.maximum(tl.load(draft + node * draft_place + token), tiny)
                 passes = tl.load(uniform + node) < tl.minimum(chance, 1.0)
             if passes:
-                tl.store(path + count, node.to(tl.int64))
+                tl.store(path + count, node)
                 count += 1
                 target += (node - state) * target_place
                 state = node
@@ -131,7 +131,7 @@ def verify_kernel(
     is_fine = is_sound & (is_tree == 1)
     for node in range(0, n):
         if (node >= count) | (is_fine == 0):
-            tl.store(path + node, tl.full([], -1, tl.int64))
+            tl.store(path + node, -1)
     failed = tl.where(is_tree == 1, -1, -2)
     tl.store(counts + row, tl.where(is_fine, count, failed).to(tl.int64))
     tl.store(drawn + row, tl.where(is_fine, chosen, 0).to(tl.int64))
