@@ -16,7 +16,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 @contextmanager
 def nan_in_new_memory() -> Iterator[None]:
     """New tensors hold NaN, or the largest integer, until something is written to them."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     try:
@@ -79,7 +82,10 @@ class KernelTests:
         return result if isinstance(result, tuple) else (result,)
 
     def tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        return {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def pytest_generate_tests(self, metafunc):
         if "case" in metafunc.fixturenames:
@@ -140,7 +146,10 @@ class KernelTests:
             )
             with use("triton"):
                 torch.library.opcheck(
-                    operation, own, keywords, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+                    operation,
+                    own,
+                    keywords,
+                    test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
                 )
 
     def test_compiled_graph_keeps_it_whole(self):

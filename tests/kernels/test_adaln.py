@@ -70,14 +70,16 @@ def modulated_rms():
 
 def empty():
     """A batch without tokens."""
-    return {"hidden_states": torch.randn(2, 0, 8), "scale": torch.randn(2, 1, 8), "shift": torch.randn(2, 1, 8)}
+    return {
+        "hidden_states": torch.randn(2, 0, 8),
+        "scale": torch.randn(2, 1, 8),
+        "shift": torch.randn(2, 1, 8),
+    }
 
 
 class TestAdaLN(KernelTests):
     function = staticmethod(adaln)
-    cases = {
-        one.__name__: one for one in (var_block, rar_block, first_norm, rms_block, modulated_rms, empty)
-    }
+    cases = {one.__name__: one for one in (var_block, rar_block, first_norm, rms_block, modulated_rms, empty)}
     differentiable = ("hidden_states", "update", "gate", "scale", "shift", "weight", "bias")
 
     def test_output_dtype(self):
@@ -106,7 +108,10 @@ class TestAdaLN(KernelTests):
             ({"weight": torch.zeros(36)}, r"weight has the shape \(36,\); it must be \(37\)"),
             ({"gate": torch.zeros(3, 18, 37)}, r"gate has the shape \(3, 18, 37\); it must be \(3, 19, 37\)"),
             ({"shift": torch.zeros(3, 37)}, r"shift has the shape \(3, 37\)"),
-            ({"scale": torch.zeros(3, 1, 37, dtype=torch.float64)}, "scale is torch.float64; it must be float32"),
+            (
+                {"scale": torch.zeros(3, 1, 37, dtype=torch.float64)},
+                "scale is torch.float64; it must be float32",
+            ),
             ({"update": torch.zeros(3, 19, 37, device="meta")}, "update is on meta and hidden_states on cpu"),
         ],
     )

@@ -47,7 +47,9 @@ def llamagen():
 
 def rar():
     """Layer norms with weights and biases, no rotation, no cache; more heads than one program does."""
-    named = {f"{name}_{kind}": torch.rand(48) + 0.5 for name in ("query", "key") for kind in ("weight", "bias")}
+    named = {
+        f"{name}_{kind}": torch.rand(48) + 0.5 for name in ("query", "key") for kind in ("weight", "bias")
+    }
     return {"query": heads(1, 40, 3, 48), "key": heads(1, 40, 3, 48), "norm": "layer", **named}
 
 

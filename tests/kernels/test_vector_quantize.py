@@ -60,7 +60,10 @@ class TestVectorQuantize(KernelTests):
         "change, message",
         [
             ({"metric": "l1"}, "metric is 'l1'; it must be one of l2, cosine"),
-            ({"codes": torch.zeros(9, 7)}, "vectors have 8 channels and codes 7; they belong to another codebook"),
+            (
+                {"codes": torch.zeros(9, 7)},
+                "vectors have 8 channels and codes 7; they belong to another codebook",
+            ),
             ({"codes": torch.zeros(0, 8)}, "the codebook is empty"),
             ({"vectors": torch.zeros(8)}, r"vectors has the shape \(8,\)"),
             ({"vectors": torch.zeros(2, 8).long()}, "vectors is torch.int64"),
@@ -78,7 +81,12 @@ def whole_map():
 
 def uneven_windows():
     """Cells that overlap, of a map that is not square."""
-    return {"residual": torch.randn(2, 3, 8, 6), "codes": torch.randn(20, 3), "size": (3, 5), "metric": "cosine"}
+    return {
+        "residual": torch.randn(2, 3, 8, 6),
+        "codes": torch.randn(20, 3),
+        "size": (3, 5),
+        "metric": "cosine",
+    }
 
 
 class TestNearestCodesOfScale(KernelTests):

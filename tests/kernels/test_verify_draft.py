@@ -153,9 +153,15 @@ class TestVerifyDraft(KernelTests):
     @pytest.mark.parametrize(
         "change, message",
         [
-            ({"draft": torch.zeros(12, 5, 20)}, "the drafter draws from 20 tokens, the model from 19; they must agree"),
+            (
+                {"draft": torch.zeros(12, 5, 20)},
+                "the drafter draws from 20 tokens, the model from 19; they must agree",
+            ),
             ({"uniform": None}, "uniform and noise come together"),
-            ({"target": torch.zeros(12, 5, 19)}, r"target has the shape \(12, 5, 19\); it must be \(12, 6, any\)"),
+            (
+                {"target": torch.zeros(12, 5, 19)},
+                r"target has the shape \(12, 5, 19\); it must be \(12, 6, any\)",
+            ),
             ({"tokens": torch.zeros(12, 5).int()}, "tokens is torch.int32; it must be int64"),
             ({"target": torch.zeros(12, 6, 19).half()}, "target is torch.float16; it must be float32"),
             ({"lengths": torch.zeros(11).long()}, r"lengths has the shape \(11,\)"),

@@ -26,7 +26,9 @@ def dtypes(operation: str, allowed: tuple[torch.dtype, ...], **tensors: torch.Te
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
             known = ", ".join(str(one).removeprefix("torch.") for one in allowed)
-            raise ValueError(f"{operation}: {name} is {tensor.dtype}; it must be {known}: convert it with .to().")
+            raise ValueError(
+                f"{operation}: {name} is {tensor.dtype}; it must be {known}: convert it with .to()."
+            )
 
 
 def shape(operation: str, name: str, tensor: torch.Tensor | None, *expected: int | None) -> None:

@@ -10,7 +10,12 @@ import torch
 VARIABLE = "HF_ARGEN_KERNELS"
 MODES = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")  # as Triton reads it
+INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+)  # as Triton reads it
 
 
 def _checked(mode: str) -> str:

@@ -2,7 +2,9 @@
 
 import torch
 
-NAMESPACE = "hf_argen"  # torch.ops.hf_argen; another one in repositories of kernels, so that both can be loaded
+NAMESPACE = (
+    "hf_argen"  # torch.ops.hf_argen; another one in repositories of kernels, so that both can be loaded
+)
 
 
 def contiguous_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:

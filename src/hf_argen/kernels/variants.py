@@ -126,7 +126,11 @@ def _of_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
         return int(re.search(pattern, text)[1])
 
     spilled = number(r"\.vgpr_spill_count:\s*(\d+)") + number(r"ScratchSize:\s*(\d+)")
-    return number(r"\.vgpr_count:\s*(\d+)"), spilled, len(re.findall(r"^\t(?:[sv]|ds|global|buffer)_", text, re.MULTILINE))
+    return (
+        number(r"\.vgpr_count:\s*(\d+)"),
+        spilled,
+        len(re.findall(r"^\t(?:[sv]|ds|global|buffer)_", text, re.MULTILINE)),
+    )
 
 
 def all_variants() -> dict[str, list[Variant]]:

@@ -88,7 +88,14 @@ def _check(
     checks.shape(NAME, "update", update, batch, tokens, hidden)
     for name in ("scale", "shift", "gate"):
         one = given[name]
-        checks.shape(NAME, name, one, batch, 1 if one is not None and one.ndim == 3 and one.shape[1] == 1 else tokens, hidden)
+        checks.shape(
+            NAME,
+            name,
+            one,
+            batch,
+            1 if one is not None and one.ndim == 3 and one.shape[1] == 1 else tokens,
+            hidden,
+        )
     for name in ("weight", "bias"):
         checks.shape(NAME, name, given[name], hidden)
 
@@ -214,7 +221,14 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, residual, mean, rstd = output
     ctx.has_update = update is not None
     ctx.save_for_backward(
-        residual if ctx.has_update else x, update if gate is not None else None, gate, weight, bias, scale, mean, rstd
+        residual if ctx.has_update else x,
+        update if gate is not None else None,
+        gate,
+        weight,
+        bias,
+        scale,
+        mean,
+        rstd,
     )
 
 

@@ -183,7 +183,10 @@ def backward(
     parts = triton.cdiv(tokens, rows)
     wanted = (gate, weight, bias, scale, scale)
     # A tensor without elements stands for one that is not there, since an operation returns no None.
-    sums = tuple(residual.new_empty(batch, parts, hidden if one is not None else 0, dtype=torch.float32) for one in wanted)
+    sums = tuple(
+        residual.new_empty(batch, parts, hidden if one is not None else 0, dtype=torch.float32)
+        for one in wanted
+    )
     if residual.numel() == 0:
         return sums
     block = triton.next_power_of_2(hidden)
@@ -231,5 +234,7 @@ def _variants(
     }  # fmt: skip
     return [
         Variant(f"{label}, forward", forward_kernel, ahead, {**shared, "HAS_UPDATE": True}, num_warps(block)),
-        Variant(f"{label}, backward", backward_kernel, back, {**shared, "HAS_RESIDUAL": True}, num_warps(block)),
+        Variant(
+            f"{label}, backward", backward_kernel, back, {**shared, "HAS_RESIDUAL": True}, num_warps(block)
+        ),
     ]

@@ -123,10 +123,14 @@ def _check(
             raise ValueError(f"{NAME}: {name} came with norm={norm!r}, which has none; leave it out.")
     for kind in (0, 2):
         if (weights[kind] is None) != (weights[kind + 1] is None):
-            raise ValueError(f"{NAME}: weights and biases of queries and keys come together; give both or neither.")
+            raise ValueError(
+                f"{NAME}: weights and biases of queries and keys come together; give both or neither."
+            )
     checks.shape(NAME, "query_scale", query_scale, heads)
     for name, table in (("cos", cos), ("sin", sin)):
-        checks.shape(NAME, name, table, 1 if table is not None and len(table) == 1 else batch, n, head_dim // 2)
+        checks.shape(
+            NAME, name, table, 1 if table is not None and len(table) == 1 else batch, n, head_dim // 2
+        )
     cache = {} if slot is None else {"keys": slot.keys, "values": slot.values, "places": slot.places}
     checks.same_device(NAME, **states, **named, query_scale=query_scale, cos=cos, sin=sin, **cache)
     if slot is not None:
@@ -140,7 +144,9 @@ def _check_slot(key: torch.Tensor, value: torch.Tensor | None, slot: Slot) -> No
     for name, cache in (("keys", slot.keys), ("values", slot.values)):
         checks.shape(NAME, name, cache, batch, key_heads, None, head_dim)
         if cache.stride(-1) != 1:
-            raise ValueError(f"{NAME}: the channels of the cached {name} are not contiguous; allocate them as the last dimension.")
+            raise ValueError(
+                f"{NAME}: the channels of the cached {name} are not contiguous; allocate them as the last dimension."
+            )
     checks.shape(NAME, "places", slot.places, batch, n)
     checks.dtypes(NAME, (torch.int64,), places=slot.places)
     capacity = slot.keys.shape[2]

@@ -160,7 +160,11 @@ def launch(
         return (0, 0, 0) if states is None else states.stride()[:3]
 
     def of_table(table: torch.Tensor | None) -> tuple[int, int, int]:
-        return (0, 0, 0) if table is None else (0 if table.shape[0] == 1 else table.stride(0), *table.stride()[1:])
+        return (
+            (0, 0, 0)
+            if table is None
+            else (0 if table.shape[0] == 1 else table.stride(0), *table.stride()[1:])
+        )
 
     grid = (batch * n, triton.cdiv(heads, block) + triton.cdiv(key_heads, block))
     qk_kernel[grid](

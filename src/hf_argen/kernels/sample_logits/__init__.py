@@ -115,7 +115,13 @@ def _check(
     top_p: Value,
     min_p: Value,
 ) -> None:
-    options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = {
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
     tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
     checks.same_device(NAME, logits=logits, noise=noise, unconditional=unconditional, **tensors)
     checks.dtypes(NAME, checks.FLOATS, logits=logits, unconditional=unconditional)
@@ -139,7 +145,9 @@ def _check(
             raise ValueError(f"{NAME}: {name} is {value}; it must be {words}.")
 
 
-def _packed(logits: torch.Tensor, *options: Value) -> tuple[torch.Tensor | None, float, float, int, float, float]:
+def _packed(
+    logits: torch.Tensor, *options: Value
+) -> tuple[torch.Tensor | None, float, float, int, float, float]:
     """The options as one tensor (rows, 5) float32 if any is a tensor, and as plain numbers otherwise."""
     if not any(isinstance(value, torch.Tensor) for value in options):
         guidance, temperature, top_k, top_p, min_p = options

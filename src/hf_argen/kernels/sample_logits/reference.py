@@ -17,9 +17,7 @@ def sample_logits(
     return_probs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See [`hf_argen.kernels.sample_logits.sample_logits`]."""
-    scores, is_valid, is_empty = _filtered(
-        logits, unconditional, guidance, temperature, top_k, top_p, min_p
-    )
+    scores, is_valid, is_empty = _filtered(logits, unconditional, guidance, temperature, top_k, top_p, min_p)
     probs = scores.softmax(dim=-1)
     race = scores if noise is None else probs / noise
     tokens = torch.where(is_valid, race.argmax(dim=-1), 0)
@@ -38,9 +36,7 @@ def filter_logits(
     min_p: Value = 0.0,
 ) -> torch.Tensor:
     """See [`hf_argen.kernels.sample_logits.filter_logits`]."""
-    scores, is_valid, is_empty = _filtered(
-        logits, unconditional, guidance, temperature, top_k, top_p, min_p
-    )
+    scores, is_valid, is_empty = _filtered(logits, unconditional, guidance, temperature, top_k, top_p, min_p)
     return torch.where((is_valid | is_empty).unsqueeze(-1), scores, torch.nan)
 
 

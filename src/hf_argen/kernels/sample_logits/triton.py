@@ -25,7 +25,9 @@ def _key(score):
 
 
 @triton.jit
-def _scores(logits, unconditional, start, vocab, guidance, temperature, GUIDED: tl.constexpr, BLOCK: tl.constexpr):
+def _scores(
+    logits, unconditional, start, vocab, guidance, temperature, GUIDED: tl.constexpr, BLOCK: tl.constexpr
+):
     token = start + tl.arange(0, BLOCK)
     inside = token < vocab
     score = tl.load(logits + token, mask=inside, other=0.0).to(tl.float32)

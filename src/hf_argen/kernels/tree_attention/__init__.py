@@ -84,7 +84,9 @@ def _check(
     checks.shape(NAME, "values", values, *keys.shape)
     key_heads, capacity = keys.shape[1:3]
     if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"{NAME}: {heads} heads of queries cannot share {key_heads} of keys; it must divide them.")
+        raise ValueError(
+            f"{NAME}: {heads} heads of queries cannot share {key_heads} of keys; it must divide them."
+        )
     if not n <= nodes <= columns <= capacity:
         raise ValueError(
             f"{NAME}: {n} new of {nodes} nodes and {columns} columns do not fit into a cache of {capacity}; allocate a larger one."
@@ -113,7 +115,16 @@ def _operation(
     query, keys, values = (contiguous_rows(one) for one in (query, keys, values))
     hidden = None if hidden is None else hidden.contiguous()
     triton.attend(
-        query, keys, values, starts.contiguous(), ancestors.contiguous(), nodes, hidden, scaling, columns, output
+        query,
+        keys,
+        values,
+        starts.contiguous(),
+        ancestors.contiguous(),
+        nodes,
+        hidden,
+        scaling,
+        columns,
+        output,
     )
     return output
 

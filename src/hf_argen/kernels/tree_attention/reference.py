@@ -31,7 +31,7 @@ def tree_attention(
     scaling: float | None = None,
 ) -> torch.Tensor:
     """See [`hf_argen.kernels.tree_attention.tree_attention`]."""
-    batch, heads, n, head_dim = query.shape
+    _batch, heads, _n, head_dim = query.shape
     groups, capacity = heads // keys.shape[1], keys.shape[2]
     scaling = head_dim**-0.5 if scaling is None else scaling
     seen = visible(starts, ancestors, nodes, capacity, hidden)[:, None]

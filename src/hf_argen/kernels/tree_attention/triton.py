@@ -40,7 +40,9 @@ def partial_kernel(
     channel = tl.arange(0, CHANNELS)
     in_head = channel < HEAD_DIM
     place = batch * query_row + head.to(tl.int64) * query_head + node * query_node
-    states = tl.load(query + place[:, None] + channel[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    states = tl.load(
+        query + place[:, None] + channel[None, :], mask=exists[:, None] & in_head[None, :], other=0.0
+    )
     if UPCAST:
         states = states.to(tl.float32)
     start = tl.load(starts + batch).to(tl.int32)
@@ -177,9 +179,7 @@ def variants() -> list[Variant]:
         "VAR-d30, 16x16 tokens": (256, 64, "*bf16", True, False),
         "256 channels, float32": (64, 256, "*fp32", False, False),
     }
-    variants = [
-        _variant(label, *form) for label, form in forms.items()
-    ]
+    variants = [_variant(label, *form) for label, form in forms.items()]
     types = {"partial": "*fp32", "tops": "*fp32", "sums": "*fp32", "output": "*bf16", "parts": "i32"}
     constants = {"HEAD_DIM": 128, "CHANNELS": 128, "PARTS": MOST_PARTS}
     return [*variants, Variant("parts put together", joining_kernel, types, constants, num_warps=4)]

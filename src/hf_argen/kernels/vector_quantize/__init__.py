@@ -57,7 +57,9 @@ def nearest_codes_of_scale(
     """
     checks.shape(NAME, "residual", residual, None, None, None, None)
     _check(residual, codes, metric)
-    if not runs_kernel(residual) or any(own < other for own, other in zip(residual.shape[2:], size, strict=True)):
+    if not runs_kernel(residual) or any(
+        own < other for own, other in zip(residual.shape[2:], size, strict=True)
+    ):
         return reference.nearest_codes_of_scale(residual, codes, size, metric)
     ids = _nearest_operation(residual.detach(), codes.detach(), metric, list(size))
     return ids.view(len(residual), size[0] * size[1])
@@ -91,7 +93,9 @@ def sign_quantize(latents: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tens
     checks.shape(NAME, "latents", latents, None, None)
     checks.dtypes(NAME, checks.FLOATS, latents=latents)
     if not 1 <= latents.shape[1] <= MOST_BITS:
-        raise ValueError(f"{NAME}: latents have {latents.shape[1]} bits; it must be 1 to {MOST_BITS}, to be one number.")
+        raise ValueError(
+            f"{NAME}: latents have {latents.shape[1]} bits; it must be 1 to {MOST_BITS}, to be one number."
+        )
     if not runs_kernel(latents):
         return reference.sign_quantize(latents, scale)
     return _sign_operation(latents, scale)
@@ -112,7 +116,9 @@ def _check(vectors: torch.Tensor, codes: torch.Tensor, metric: str) -> None:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::nearest_codes", mutates_args=())
-def _nearest_operation(vectors: torch.Tensor, codes: torch.Tensor, metric: str, size: list[int]) -> torch.Tensor:
+def _nearest_operation(
+    vectors: torch.Tensor, codes: torch.Tensor, metric: str, size: list[int]
+) -> torch.Tensor:
     from . import triton
 
     return triton.nearest(vectors, contiguous_rows(codes), metric, tuple(size) if size else None)

@@ -6,7 +6,11 @@ import triton.language as tl
 
 from ..variants import OPTIONS, Variant, stages
 
-VECTORS, CODES, CHANNELS = 32, 64, 32  # of one step; float32 products, which the shared memory of all chips holds
+VECTORS, CODES, CHANNELS = (
+    32,
+    64,
+    32,
+)  # of one step; float32 products, which the shared memory of all chips holds
 FEWEST_PROGRAMS = 128  # below that the codes are split among programs
 ROWS = 32  # of sign codes, for one program
 
@@ -47,7 +51,7 @@ def nearest_kernel(
             in_channels = channel < channels
             if POOLED:
                 tile = tl.zeros([VECTORS, CHANNELS], tl.float32)
-                for step in range(0, WINDOW * WINDOW):
+                for step in range(WINDOW * WINDOW):
                     y = top + step // WINDOW
                     x = left + step % WINDOW
                     in_window = exists & (y < bottom) & (x < right)
@@ -69,7 +73,9 @@ def nearest_kernel(
         if COSINE:
             distance = -product / tl.maximum(tl.sqrt(square), 1e-12)[None, :]
         else:
-            distance = square[None, :] - 2.0 * product  # but for the square of the vector, which all codes share
+            distance = (
+                square[None, :] - 2.0 * product
+            )  # but for the square of the vector, which all codes share
         distance = tl.where(in_codes[None, :], distance, float("inf"))
         nearest, place = tl.min(distance, axis=1, return_indices=True)
         chosen = tl.where(nearest < best, start + place, chosen)
@@ -151,15 +157,31 @@ def variants() -> list[Variant]:
         "count", "num_codes", "channels", "codes_of_program", "height", "width", "rows", "columns",
         "vector_row", "vector_channel", "vector_y", "vector_x", "code_row",
     ]  # fmt: skip
-    types = {"vectors": "*fp32", "codes": "*fp32", "distances": "*fp32", "ids": "*i64", **dict.fromkeys(integers, "i32")}
+    types = {
+        "vectors": "*fp32",
+        "codes": "*fp32",
+        "distances": "*fp32",
+        "ids": "*i64",
+        **dict.fromkeys(integers, "i32"),
+    }
     tiles = {"VECTORS": VECTORS, "CODES": CODES, "CHANNELS": CHANNELS}
     forms = {
         "L2": {"COSINE": False, "POOLED": False, "WINDOW": 1},
         "cosine": {"COSINE": True, "POOLED": False, "WINDOW": 1},
         "L2, a scale of VAR": {"COSINE": False, "POOLED": True, "WINDOW": 4},
     }
-    signs = {"latents": "*bf16", "codes": "*bf16", "ids": "*i64", "count": "i32", "bits": "i32", "scale": "fp32"}
+    signs = {
+        "latents": "*bf16",
+        "codes": "*bf16",
+        "ids": "*i64",
+        "count": "i32",
+        "bits": "i32",
+        "scale": "fp32",
+    }
     return [
-        *(Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=4) for label, form in forms.items()),
+        *(
+            Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=4)
+            for label, form in forms.items()
+        ),
         Variant("signs of 18 bits", sign_kernel, signs, {"ROWS": ROWS, "BITS": 32}, num_warps=4),
     ]

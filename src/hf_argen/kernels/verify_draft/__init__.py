@@ -103,7 +103,9 @@ def _check(
     checks.shape(NAME, "lengths", lengths, batch)
     checks.shape(NAME, "parents", parents, batch, n)
     if (uniform is None) != (noise is None):
-        raise ValueError(f"{NAME}: uniform and noise come together; give both, or neither to verify greedily.")
+        raise ValueError(
+            f"{NAME}: uniform and noise come together; give both, or neither to verify greedily."
+        )
     if vocab == 0:
         raise ValueError(f"{NAME}: the vocabulary is empty; target must be (batch, n + 1, 1 or more).")
 

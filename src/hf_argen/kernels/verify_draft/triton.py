@@ -71,7 +71,7 @@ def verify_kernel(
     best = tl.full([], 0, tl.int32)
     if GREEDY:
         best = _best(target, vocab, BLOCK)
-    for node in range(0, length):
+    for node in range(length):
         parent = node - 1
         if HAS_PARENTS:
             parent = tl.load(parents + node).to(tl.int32)
@@ -129,7 +129,7 @@ def verify_kernel(
     mass = tl.sum(masses, axis=0)
     is_sound = (mass > 0.0) & (mass < float("inf"))
     is_fine = is_sound & (is_tree == 1)
-    for node in range(0, n):
+    for node in range(n):
         if (node >= count) | (is_fine == 0):
             tl.store(path + node, -1)
     failed = tl.where(is_tree == 1, -1, -2)

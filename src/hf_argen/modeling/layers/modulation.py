@@ -38,7 +38,14 @@ class ModulatedLayerNorm(nn.LayerNorm):
             norm(residual) * (1 + scale) + shift, and residual = hidden_states + gate * update.
         """
         return adaln(
-            hidden_states, scale, shift, self.eps, update=update, gate=gate, weight=self.weight, bias=self.bias
+            hidden_states,
+            scale,
+            shift,
+            self.eps,
+            update=update,
+            gate=gate,
+            weight=self.weight,
+            bias=self.bias,
         )
 
 

@@ -19,7 +19,7 @@ from ...generation.sampling import Generators
 from ...kernels.adaln import gated_residual
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import HeadedAttention, causal_mask
+from ..layers.attention import HeadedAttention, causal_mask, fused_layer_norms
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, ModulatedLayerNorm
 from ..tokenizers.configuration_grid import check_same_tokens
@@ -71,8 +71,10 @@ class RarAttention(HeadedAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        query, key = self.q_norm(query), self.k_norm(key)
-        return self.attend(query, key, value, attention_mask, past_key_values)
+        fused = fused_layer_norms(query, self.q_norm, self.k_norm)
+        if not fused:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return self.attend(query, key, value, attention_mask, past_key_values, **fused)
 
 
 class RarLayer(GradientCheckpointingLayer):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -69,12 +68,12 @@ class VarAttention(HeadedAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        if self.config.use_qk_norm:
-            scale = local_part(self.logit_scale)
-            factor = scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
-            query = F.normalize(query, dim=-1) * factor
-            key = F.normalize(key, dim=-1)
-        return self.attend(query, key, value, attention_mask, past_key_values)
+        if not self.config.use_qk_norm:
+            return self.attend(query, key, value, attention_mask, past_key_values)
+        factor = local_part(self.logit_scale).clamp(max=self.MAX_LOGIT_SCALE).exp()
+        return self.attend(
+            query, key, value, attention_mask, past_key_values, norm="l2", eps=1e-12, query_scale=factor
+        )
 
 
 class VarLayer(GradientCheckpointingLayer):
