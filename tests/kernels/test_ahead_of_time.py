@@ -8,12 +8,12 @@ import sys
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from hf_argen.kernels.variants import CHIPS, all_variants, compiled
+from hf_argen.kernels.variants import CHIPS, all_variants, compiled, usage
 for operation, variants in all_variants().items():
     for variant in variants:
         for name, chip in CHIPS.items():
             try:
-                result = asdict(compiled(variant, chip))
+                result = asdict(usage(compiled(variant, chip)))
             except Exception as error:
                 result = {"error": f"{type(error).__name__}: {str(error)[-2000:]}"}
             print(json.dumps({"form": f"{operation}, {variant.label}, {name}", "limit": chip.shared_memory, **result}))
@@ -31,8 +31,6 @@ def test_every_variant_compiles_within_the_limits_of_the_chips(request):
 
     assert {one["form"].split(",")[0] for one in results} == set(OPERATIONS)
     wrong = [
-        one
-        for one in results
-        if "error" in one or one["spilled"] or one["shared_memory"] > one["limit"] or not one["instructions"]
+        one for one in results if "error" in one or one["spilled"] or one["shared_memory"] > one["limit"]
     ]
     assert not wrong, "\n".join(map(str, wrong))

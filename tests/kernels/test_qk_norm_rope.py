@@ -112,7 +112,7 @@ class TestQKNormRope(KernelTests):
             torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1))
 
     @pytest.mark.parametrize(
-        "case, change, message",
+        "base, change, message",
         [
             ("grouped", {"norm": "batch"}, "norm is 'batch'; it must be one of None, 'l2', 'rms', 'layer'"),
             ("grouped", {"key_weight": None}, "weights and biases of queries and keys come together"),
@@ -128,6 +128,6 @@ class TestQKNormRope(KernelTests):
             ("var", {"key": torch.zeros(2, 3, 4, 20).double()}, "key is torch.float64"),
         ],
     )  # fmt: skip
-    def test_bad_input(self, case, change, message):
+    def test_bad_input(self, base, change, message):
         with torch.no_grad():
-            refuses(qk_norm_rope, {**self.inputs(case), **change}, message)
+            refuses(qk_norm_rope, {**self.inputs(base), **change}, message)

@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 
+MOST_WARPS_ON_AMD = 16
 OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; Triton 3.9 asks to be told
 
 
 def stages(number: int) -> int:
     """How many steps of a loop are under way at once: one on AMD's chips, which have little shared memory."""
     return 1 if torch.version.hip else number
+
+
+def warps(number: int) -> int:
+    """Of a program; those of AMD's chips are twice as wide, and a program has 1024 threads at most."""
+    return min(number, MOST_WARPS_ON_AMD) if torch.version.hip else number
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled variant takes: bytes of shared memory, registers of a thread, spilled bytes, instructions."""
+    """What a compiled variant takes: bytes of shared memory, registers of a thread, and of them those that were spilled."""
 
     shared_memory: int
     registers: int
     spilled: int
-    instructions: int
 
 
-def compiled(variant: Variant, chip: Chip) -> Usage:
+def compiled(variant: Variant, chip: Chip) -> Any:
     """
-    Compiles for a chip that need not be there.
+    Triton's compiled kernel for a chip that need not be there; see [`usage`] and [`instructions`].
 
     Raises:
         whatever Triton raises for a kernel that does not compile.
@@ -94,43 +99,48 @@ def compiled(variant: Variant, chip: Chip) -> Usage:
     }
     source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
     target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    num_stages = 1 if chip.backend == "hip" else variant.num_stages
-    options = {"num_warps": variant.num_warps, "num_stages": num_stages, **OPTIONS}
-    result = triton.compile(source, target=target, options=options)
-    read = _of_cubin if chip.backend == "cuda" else _of_amdgcn
-    registers, spilled, instructions = read(result.asm)
-    return Usage(result.metadata.shared, registers, spilled, instructions)
+    num_warps, num_stages = variant.num_warps, variant.num_stages
+    if chip.backend == "hip":  # as `warps` and `stages` have it
+        num_warps, num_stages = min(num_warps, MOST_WARPS_ON_AMD), 1
+    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+    return triton.compile(source, target=target, options=options)
 
 
-def _of_cubin(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    """As the tools that come with Triton see it; whatever lies on the stack was spilled, our kernels have no arrays."""
+def usage(kernel: Any) -> Usage:
+    """
+    Of what [`compiled`] gives. On NVIDIA's chips what lies on the stack counts as spilled, bytes of it: our kernels have no
+    arrays of their own.
+    """
+    if "cubin" in kernel.asm:
+        said = _cuobjdump(kernel.asm["cubin"], "-res-usage")
+        registers, stack, local = (
+            int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")
+        )
+        return Usage(kernel.metadata.shared, registers, stack + local)
+    said = kernel.asm["amdgcn"]
+    patterns = (r"\.vgpr_count:\s*(\d+)", r"\.vgpr_spill_count:\s*(\d+)", r"ScratchSize:\s*(\d+)")
+    registers, spilled, scratch = (int(re.search(pattern, said)[1]) for pattern in patterns)
+    return Usage(kernel.metadata.shared, registers, spilled + scratch)
+
+
+def instructions(kernel: Any) -> int:
+    """Of the compiled program, all paths together."""
+    if "cubin" in kernel.asm:
+        return len(
+            re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", _cuobjdump(kernel.asm["cubin"], "-sass"), re.MULTILINE)
+        )
+    return len(re.findall(r"^\t(?:[sv]|ds|global|buffer)_", kernel.asm["amdgcn"], re.MULTILINE))
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool says that comes with Triton."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        said = subprocess.run(
-            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, local = (
-        int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local, len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", said, re.MULTILINE))
-
-
-def _of_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, int]:
-    text = asm["amdgcn"]
-
-    def number(pattern: str) -> int:
-        return int(re.search(pattern, text)[1])
-
-    spilled = number(r"\.vgpr_spill_count:\s*(\d+)") + number(r"ScratchSize:\s*(\d+)")
-    return (
-        number(r"\.vgpr_count:\s*(\d+)"),
-        spilled,
-        len(re.findall(r"^\t(?:[sv]|ds|global|buffer)_", text, re.MULTILINE)),
-    )
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def all_variants() -> dict[str, list[Variant]]:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..variants import OPTIONS, Variant
+from ..variants import OPTIONS, Variant, warps
 
 MAX_HIDDEN = 4096  # a row stays in registers, in the backward pass eight rows of intermediate values
 ROWS = 16  # that one program of the backward pass sums up
@@ -123,9 +123,9 @@ def backward_kernel(
         tl.store(d_shift + program * hidden + channel, sum_shift, mask=inside)
 
 
-def num_warps(block: int) -> int:
-    """Eight values of a row for each thread."""
-    return min(max(block // 256, 1), 16)
+def num_warps(block: int, values: int = 8) -> int:
+    """So many that each thread holds this many values of a row; the backward pass has ten rows at once."""
+    return min(max(block // (32 * values), 1), 32)
 
 
 def _strides(modulation: torch.Tensor | None) -> tuple[int, int]:
@@ -157,7 +157,7 @@ def forward(
         tokens, hidden, eps, *_strides(gate), *_strides(scale), *_strides(shift),
         RMS=rms, HAS_UPDATE=update is not None, HAS_GATE=gate is not None, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, BLOCK=block,
-        num_warps=num_warps(block), **OPTIONS,
+        num_warps=warps(num_warps(block)), **OPTIONS,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def backward(
         dx, d_update, *sums, tokens, hidden, rows, *_strides(gate), *_strides(scale),
         RMS=rms, HAS_RESIDUAL=d_residual is not None, HAS_GATE=gate is not None, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, BLOCK=block,
-        num_warps=num_warps(block), **OPTIONS,
+        num_warps=warps(num_warps(block, 4)), **OPTIONS,
     )  # fmt: skip
     return sums
 
@@ -235,6 +235,6 @@ def _variants(
     return [
         Variant(f"{label}, forward", forward_kernel, ahead, {**shared, "HAS_UPDATE": True}, num_warps(block)),
         Variant(
-            f"{label}, backward", backward_kernel, back, {**shared, "HAS_RESIDUAL": True}, num_warps(block)
+            f"{label}, backward", backward_kernel, back, {**shared, "HAS_RESIDUAL": True}, num_warps(block, 4)
         ),
     ]

@@ -109,7 +109,8 @@ def qk_kernel(
         place = start + token
         if HAS_PLACES:
             place = tl.load(places + index)
-        inside_cache = inside & (place >= 0) & (place < capacity)
+heads_here = tl.where((place >= 0) & (place < capacity), key_heads, 0)
+        in_cache = (head < heads_here)[:, None] & in_half[None, :]
         states = key + row * key_row + token * key_token
         one, other = _loaded(states, head, first, second, key_head, inside)
         one, other = _prepared(
@@ -117,12 +118,12 @@ def qk_kernel(
             NORM, HAS_WEIGHT, HAS_BIAS, ROTATES,
         )  # fmt: skip
         states = key_out + row * key_out_row + place * key_out_token
-        _stored(states, one, other, head, first, second, key_out_head, inside_cache)
+        _stored(states, one, other, head, first, second, key_out_head, in_cache)
         if HAS_VALUE:
             states = value + row * value_row + token * value_token
             one, other = _loaded(states, head, first, second, value_head, inside)
             states = value_out + row * value_out_row + place * value_out_token
-            _stored(states, one, other, head, first, second, value_out_head, inside_cache)
+            _stored(states, one, other, head, first, second, value_out_head, in_cache)
 
 
 def heads_of_program(head_dim: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..variants import OPTIONS, Variant
+from ..variants import OPTIONS, Variant, warps
 
 LARGEST_ROW = 16_384  # that stays in registers
 TILE = 8192  # of longer rows
@@ -196,8 +196,8 @@ def sample_kernel(
 
 
 def num_warps(block: int) -> int:
-    """16 scores for each thread, and 32 in the longest rows."""
-    return min(max(block // 512, 1), 16)
+    """16 scores for each thread."""
+    return min(max(block // 512, 1), 32)
 
 
 def sample(
@@ -225,7 +225,7 @@ def sample(
         *(0 if one is None else one.stride(0) for one in (logits, unconditional, noise)),
         guidance, temperature, top_k, top_p, min_p,
         GUIDED=unconditional is not None, HAS_NOISE=noise is not None, PER_ROW=parameters is not None, WRITE=write,
-        IN_REGISTERS=in_registers, BLOCK=block, num_warps=num_warps(block), **OPTIONS,
+        IN_REGISTERS=in_registers, BLOCK=block, num_warps=warps(num_warps(block)), **OPTIONS,
     )  # fmt: skip
 
 

@@ -123,6 +123,11 @@ def tiles(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
     return min(max(triton.next_power_of_2(rows), 16), 64 if channels <= 128 else 32), columns, channels
 
 
+def num_warps(rows: int, channels: int) -> int:
+    """So many that the sums of a step fit into registers."""
+    return 8 if rows * channels >= 8192 else 4
+
+
 def parts_of(programs: int, capacity: int) -> int:
     """Among how many programs the keys are split."""
     return max(min(triton.cdiv(PROGRAMS, programs), triton.cdiv(capacity, FEWEST_KEYS), MOST_PARTS), 1)
@@ -162,7 +167,7 @@ def attend(
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         0 if ancestors.shape[0] == 1 else ancestors.stride(0),
         HAS_HIDDEN=hidden is not None, WHOLE=parts == 1, UPCAST=INTERPRETS, HEAD_DIM=head_dim, CHANNELS=channels,
-        ROWS=rows, COLUMNS=step, num_warps=4, num_stages=stages(2), **OPTIONS,
+        ROWS=rows, COLUMNS=step, num_warps=num_warps(rows, channels), num_stages=stages(2), **OPTIONS,
     )  # fmt: skip
     if parts > 1:
         joining_kernel[(batch * heads * n,)](
@@ -202,4 +207,4 @@ def _variant(label: str, rows: int, head_dim: int, value: str, whole: bool, has_
         "HAS_HIDDEN": has_hidden, "WHOLE": whole, "UPCAST": False, "HEAD_DIM": head_dim, "CHANNELS": channels,
         "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Variant(label, partial_kernel, types, constants, num_warps=4)
+    return Variant(label, partial_kernel, types, constants, num_warps(rows, channels))

@@ -19,7 +19,7 @@ def verify_draft(
     node = torch.arange(n, device=tokens.device)
     if parents is None:
         parents = (node - 1).expand(batch, n)
-    exists = node < (n if lengths is None else lengths[:, None])
+    exists = (node < (n if lengths is None else lengths[:, None])).expand(batch, n)
     is_tree = ~(exists & ((parents >= node) | (parents < -1))).any(dim=1)
     if lengths is not None:
         is_tree &= (lengths >= 0) & (lengths <= n)

@@ -16,10 +16,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
-def _left(target, scratch, is_changed, factor, token, inside):
+def _left(target, scratch, is_changed, factor, token, vocab):
     """What is left of a distribution: itself, or times a factor what earlier rejections have left of it."""
-    whole = tl.load(target + token, mask=(is_changed == 0) & inside, other=0.0)
-    rest = tl.load(scratch + token, mask=(is_changed != 0) & inside, other=0.0)
+    whole = tl.load(target + token, mask=token < vocab * (1 - is_changed), other=0.0)
+    rest = tl.load(scratch + token, mask=token < vocab * is_changed, other=0.0)
     return whole + rest * factor
 
 
@@ -82,7 +82,7 @@ def verify_kernel(
             if GREEDY:
                 passes = token == best
             else:
-                chance = _left(target, scratch, is_changed, factor, token, True)
+                chance = _left(target, scratch, is_changed, factor, token, vocab)
                 if HAS_DRAFT:
                     chance /= tl.maximum(tl.load(draft + node * draft_place + token), tiny)
                 passes = tl.load(uniform + node) < tl.minimum(chance, 1.0)
@@ -100,7 +100,7 @@ def verify_kernel(
                 for start in range(0, vocab, BLOCK):
                     place = start + tl.arange(0, BLOCK)
                     inside = place < vocab
-                    rest = _left(target, scratch, is_changed, factor, place, inside)
+                    rest = _left(target, scratch, is_changed, factor, place, vocab)
                     if HAS_DRAFT:
                         rest -= tl.load(draft + node * draft_place + place, mask=inside, other=0.0)
                         rest = tl.where(rest < 0.0, 0.0, rest)  # NaN stays
@@ -118,7 +118,7 @@ def verify_kernel(
     for start in range(0, vocab, BLOCK):
         place = start + tl.arange(0, BLOCK)
         inside = place < vocab
-        left = _left(target, scratch, is_changed, factor, place, inside)
+        left = _left(target, scratch, is_changed, factor, place, vocab)
         masses += left
         if not GREEDY:
             left = left / tl.load(noise + place, mask=inside, other=1.0)
