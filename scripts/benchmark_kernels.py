@@ -76,6 +76,7 @@ class Shape:
 def in_both(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> dict[str, Callable[[], Any]]:
     """A call as kernel, as reference, and as compiled reference."""
     import torch
+
     from hf_argen.kernels import use
 
     def run(mode: str) -> Any:
@@ -105,6 +106,7 @@ def adaln_shape(label: str, batch: int, tokens: int, hidden: int, per_token: boo
 
     def make() -> dict[str, Callable[[], Any]]:
         import torch
+
         from hf_argen.kernels.adaln import adaln
 
         def random(*shape: int) -> torch.Tensor:
@@ -125,6 +127,7 @@ def qk_shape(
 
     def make() -> dict[str, Callable[[], Any]]:
         import torch
+
         from hf_argen.kernels.qk_norm_rope import Rotation, Slot, qk_norm_rope
 
         states = torch.randn(3, batch, n, heads, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -145,6 +148,7 @@ def sample_shape(label: str, rows: int, vocab: int, guided: bool) -> Shape:
 
     def make() -> dict[str, Callable[[], Any]]:
         import torch
+
         from hf_argen.kernels.sample_logits import sample_logits
 
         logits = torch.randn(inputs, rows, vocab, device="cuda") * 4
@@ -175,6 +179,7 @@ def attention_shape(
     def make() -> dict[str, Callable[[], Any]]:
         import torch
         import torch.nn.functional as F
+
         from hf_argen.kernels.tree_attention import pack, tree_attention
 
         def random(*shape: int) -> torch.Tensor:
@@ -217,6 +222,7 @@ def quantize_shape(label: str, count: int, size: int, channels: int) -> Shape:
 
     def make() -> dict[str, Callable[[], Any]]:
         import torch
+
         from hf_argen.kernels.vector_quantize import nearest_codes
 
         vectors = torch.randn(count, channels, device="cuda")
@@ -233,6 +239,7 @@ def verify_shape(label: str, batch: int, n: int, vocab: int) -> Shape:
 
     def make() -> dict[str, Callable[[], Any]]:
         import torch
+
         from hf_argen.kernels.verify_draft import verify_draft
 
         probs = torch.randn(2, batch, n + 1, vocab, device="cuda").softmax(dim=-1)

@@ -109,7 +109,7 @@ def qk_kernel(
         place = start + token
         if HAS_PLACES:
             place = tl.load(places + index)
-heads_here = tl.where((place >= 0) & (place < capacity), key_heads, 0)
+        heads_here = tl.where((place >= 0) & (place < capacity), key_heads, 0)
         in_cache = (head < heads_here)[:, None] & in_half[None, :]
         states = key + row * key_row + token * key_token
         one, other = _loaded(states, head, first, second, key_head, inside)
