@@ -11,18 +11,12 @@ from typing import Any
 
 import torch
 
-MOST_WARPS_ON_AMD = 16
 OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; Triton 3.9 asks to be told
 
 
 def stages(number: int) -> int:
     """How many steps of a loop are under way at once: one on AMD's chips, which have little shared memory."""
     return 1 if torch.version.hip else number
-
-
-def warps(number: int) -> int:
-    """Of a program; those of AMD's chips are twice as wide, and a program has 1024 threads at most."""
-    return min(number, MOST_WARPS_ON_AMD) if torch.version.hip else number
 
 
 @dataclass(frozen=True)
@@ -99,10 +93,8 @@ def compiled(variant: Variant, chip: Chip) -> Any:
     }
     source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
     target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    num_warps, num_stages = variant.num_warps, variant.num_stages
-    if chip.backend == "hip":  # as `warps` and `stages` have it
-        num_warps, num_stages = min(num_warps, MOST_WARPS_ON_AMD), 1
-    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+    num_stages = 1 if chip.backend == "hip" else variant.num_stages  # as `stages` has it
+    options = {"num_warps": variant.num_warps, "num_stages": num_stages, **OPTIONS}
     return triton.compile(source, target=target, options=options)
 
 

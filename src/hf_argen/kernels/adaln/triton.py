@@ -1,13 +1,14 @@
 """Norm with modulation behind a gated residual: one program reads and writes a row once."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ..variants import OPTIONS, Variant, warps
+from ..variants import OPTIONS, Variant
 
 MAX_HIDDEN = 4096  # a row stays in registers, in the backward pass eight rows of intermediate values
-ROWS = 16  # that one program of the backward pass sums up
 
 
 @triton.jit
@@ -54,78 +55,115 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd,
-    dx, d_update, d_gate, d_weight, d_bias, d_scale, d_shift,
-    tokens, hidden, rows_of_program,
-    gate_row, gate_token, scale_row, scale_token,
+def _row_backward(
+    d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd, dx, d_update,
+    batch, token, tokens, hidden, gate_row, gate_token, scale_row, scale_token,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of its rows, and the sums over them for what the rows share; those have a row for each program."""
-    batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    program = batch * tl.num_programs(1) + part
+    """Writes the gradients of a row; gives its part of those of gate, weight, bias, scale and shift."""
     channel = tl.arange(0, BLOCK)
     inside = channel < hidden
-    sum_gate = tl.zeros([BLOCK], tl.float32)
-    sum_weight = tl.zeros([BLOCK], tl.float32)
-    sum_bias = tl.zeros([BLOCK], tl.float32)
-    sum_scale = tl.zeros([BLOCK], tl.float32)
-    sum_shift = tl.zeros([BLOCK], tl.float32)
-    first = part * rows_of_program
-    for token in range(first, tl.minimum(first + rows_of_program, tokens)):
-        row = batch * tokens + token
-        grad = tl.load(d_normed + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(rstd + row)
-        unit = tl.load(residual + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-        if not RMS:
-            unit -= tl.load(mean + row)
-        unit = tl.where(inside, unit * factor, 0.0)
-        if HAS_WEIGHT:
-            weights = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-        if HAS_MODULATION:
-            before = unit
-            if HAS_WEIGHT:
-                before *= weights
-            if HAS_BIAS:
-                before += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-            sum_scale += grad * before
-            sum_shift += grad
-            place = batch * scale_row + token * scale_token
-            grad *= 1.0 + tl.load(scale + place + channel, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            sum_bias += grad
-        if HAS_WEIGHT:
-            sum_weight += grad * unit
-            grad *= weights
-        along = tl.sum(grad * unit, axis=0) / hidden
-        grad -= unit * along
-        if not RMS:
-            grad -= tl.where(inside, tl.sum(grad, axis=0) / hidden, 0.0)
-        grad *= factor
-        if HAS_RESIDUAL:
-            grad += tl.load(d_residual + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + row * hidden + channel, grad.to(dx.dtype.element_ty), mask=inside)
-        if HAS_GATE:
-            added = tl.load(update + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-            sum_gate += grad * added
-            place = batch * gate_row + token * gate_token
-            grad *= tl.load(gate + place + channel, mask=inside, other=0.0).to(tl.float32)
-            tl.store(d_update + row * hidden + channel, grad.to(d_update.dtype.element_ty), mask=inside)
-    if HAS_GATE:
-        tl.store(d_gate + program * hidden + channel, sum_gate, mask=inside)
+    for_gate = tl.zeros([BLOCK], tl.float32)
+    for_weight = tl.zeros([BLOCK], tl.float32)
+    for_bias = tl.zeros([BLOCK], tl.float32)
+    for_scale = tl.zeros([BLOCK], tl.float32)
+    for_shift = tl.zeros([BLOCK], tl.float32)
+    row = batch * tokens + token
+    grad = tl.load(d_normed + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(rstd + row)
+    unit = tl.load(residual + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+    if not RMS:
+        unit -= tl.load(mean + row)
+    unit = tl.where(inside, unit * factor, 0.0)
     if HAS_WEIGHT:
-        tl.store(d_weight + program * hidden + channel, sum_weight, mask=inside)
-    if HAS_BIAS:
-        tl.store(d_bias + program * hidden + channel, sum_bias, mask=inside)
+        weights = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     if HAS_MODULATION:
-        tl.store(d_scale + program * hidden + channel, sum_scale, mask=inside)
-        tl.store(d_shift + program * hidden + channel, sum_shift, mask=inside)
+        before = unit
+        if HAS_WEIGHT:
+            before *= weights
+        if HAS_BIAS:
+            before += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        for_scale = grad * before
+        for_shift = grad
+        place = batch * scale_row + token * scale_token
+        grad *= 1.0 + tl.load(scale + place + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        for_bias = grad
+    if HAS_WEIGHT:
+        for_weight = grad * unit
+        grad *= weights
+    along = tl.sum(grad * unit, axis=0) / hidden
+    grad -= unit * along
+    if not RMS:
+        grad -= tl.where(inside, tl.sum(grad, axis=0) / hidden, 0.0)
+    grad *= factor
+    if HAS_RESIDUAL:
+        grad += tl.load(d_residual + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * hidden + channel, grad.to(dx.dtype.element_ty), mask=inside)
+    if HAS_GATE:
+        for_gate = grad * tl.load(update + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+        place = batch * gate_row + token * gate_token
+        grad *= tl.load(gate + place + channel, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_update + row * hidden + channel, grad.to(d_update.dtype.element_ty), mask=inside)
+    return for_gate, for_weight, for_bias, for_scale, for_shift
 
 
-def num_warps(block: int, values: int = 8) -> int:
-    """So many that each thread holds this many values of a row; the backward pass has ten rows at once."""
-    return min(max(block // (32 * values), 1), 32)
+@triton.jit
+def backward_kernel(
+    d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd,
+    dx, d_update, d_gate, d_weight, d_bias, d_scale, d_shift,
+    tokens, hidden, gate_row, gate_token, scale_row, scale_token,
+    RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MODULATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of its rows, and the sums over them for what the rows share; those have a row for each program."""
+    batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < hidden
+    if ROWS == 1:
+        for_gate, for_weight, for_bias, for_scale, for_shift = _row_backward(
+            d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd, dx, d_update,
+            batch, part, tokens, hidden, gate_row, gate_token, scale_row, scale_token,
+            RMS, HAS_RESIDUAL, HAS_GATE, HAS_WEIGHT, HAS_BIAS, HAS_MODULATION, BLOCK,
+        )  # fmt: skip
+    else:
+        for_gate = tl.zeros([BLOCK], tl.float32)
+        for_weight = tl.zeros([BLOCK], tl.float32)
+        for_bias = tl.zeros([BLOCK], tl.float32)
+        for_scale = tl.zeros([BLOCK], tl.float32)
+        for_shift = tl.zeros([BLOCK], tl.float32)
+        for token in range(part * ROWS, tl.minimum(part * ROWS + ROWS, tokens)):
+            one_gate, one_weight, one_bias, one_scale, one_shift = _row_backward(
+                d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd, dx, d_update,
+                batch, token, tokens, hidden, gate_row, gate_token, scale_row, scale_token,
+                RMS, HAS_RESIDUAL, HAS_GATE, HAS_WEIGHT, HAS_BIAS, HAS_MODULATION, BLOCK,
+            )  # fmt: skip
+            for_gate += one_gate
+            for_weight += one_weight
+            for_bias += one_bias
+            for_scale += one_scale
+            for_shift += one_shift
+    place = (batch * tl.num_programs(1) + part) * hidden + channel
+    if HAS_GATE:
+        tl.store(d_gate + place, for_gate, mask=inside)
+    if HAS_WEIGHT:
+        tl.store(d_weight + place, for_weight, mask=inside)
+    if HAS_BIAS:
+        tl.store(d_bias + place, for_bias, mask=inside)
+    if HAS_MODULATION:
+        tl.store(d_scale + place, for_scale, mask=inside)
+        tl.store(d_shift + place, for_shift, mask=inside)
+
+
+def num_warps(block: int) -> int:
+    """Eight values of a row for each thread."""
+    return min(max(block // 256, 1), 16)
+
+
+def rows_of_program(block: int, per_token: bool) -> int:
+    """Of the backward pass. The sums over rows do not fit into registers beside the longest rows."""
+    return 1 if per_token or block > 2048 else 16
 
 
 def _strides(modulation: torch.Tensor | None) -> tuple[int, int]:
@@ -157,7 +195,7 @@ def forward(
         tokens, hidden, eps, *_strides(gate), *_strides(scale), *_strides(shift),
         RMS=rms, HAS_UPDATE=update is not None, HAS_GATE=gate is not None, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, BLOCK=block,
-        num_warps=warps(num_warps(block)), **OPTIONS,
+        num_warps=num_warps(block), **OPTIONS,
     )  # fmt: skip
 
 
@@ -179,7 +217,8 @@ def backward(
     """Fills `dx` and, with `gate`, `d_update`; returns sums (batch, parts, hidden) of gate, weight, bias, scale, shift."""
     batch, tokens, hidden = residual.shape
     per_token = any(one is not None and one.shape[1] > 1 for one in (gate, scale))
-    rows = 1 if per_token else ROWS
+    block = triton.next_power_of_2(hidden)
+    rows = rows_of_program(block, per_token)
     parts = triton.cdiv(tokens, rows)
     wanted = (gate, weight, bias, scale, scale)
     # A tensor without elements stands for one that is not there, since an operation returns no None.
@@ -189,52 +228,67 @@ def backward(
     )
     if residual.numel() == 0:
         return sums
-    block = triton.next_power_of_2(hidden)
     backward_kernel[(batch, parts)](
         d_normed, d_residual, residual, update, gate, weight, bias, scale, mean, rstd,
-        dx, d_update, *sums, tokens, hidden, rows, *_strides(gate), *_strides(scale),
+        dx, d_update, *sums, tokens, hidden, *_strides(gate), *_strides(scale),
         RMS=rms, HAS_RESIDUAL=d_residual is not None, HAS_GATE=gate is not None, HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, BLOCK=block,
-        num_warps=warps(num_warps(block, 4)), **OPTIONS,
+        HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, ROWS=rows, BLOCK=block,
+        num_warps=num_warps(block), **OPTIONS,
     )  # fmt: skip
     return sums
 
 
 def variants() -> list[Variant]:
-    """VAR (layer norm, modulation, gate), RAR (with weights, too), LlamaGen (RMS norm behind a sum), at three widths."""
-    forms = {
-        "VAR-d16": (1024, False, True, False, True),
-        "RAR-XL": (1280, False, True, True, True),
-        "LlamaGen-XXL": (1536, True, False, True, False),
-        "widest": (MAX_HIDDEN, False, True, True, True),
+    """
+    VAR (layer norm, modulation, gate), RAR (with weights and a modulation for each token, and as it would be with one for
+    all), LlamaGen (RMS norm behind a sum), and the widest rows.
+    """
+    everything = {
+        "RMS": False,
+        "HAS_GATE": True,
+        "HAS_WEIGHT": True,
+        "HAS_BIAS": True,
+        "HAS_MODULATION": True,
     }
-    return [variant for label, form in forms.items() for variant in _variants(label, *form)]
-
-
-def _variants(
-    label: str, hidden: int, rms: bool, has_modulation: bool, has_weight: bool, has_gate: bool
-) -> list[Variant]:
-    block = triton.next_power_of_2(hidden)
-    value, total = "*bf16", "*fp32"
-    shared = {
-        "RMS": rms, "HAS_GATE": has_gate, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_weight and not rms,
-        "HAS_MODULATION": has_modulation, "BLOCK": block,
-    }  # fmt: skip
-    integers = dict.fromkeys(
-        ["tokens", "hidden", "gate_row", "gate_token", "scale_row", "scale_token"], "i32"
-    )
-    ahead = {
-        **dict.fromkeys(["x", "update", "gate", "weight", "bias", "scale", "shift", "normed", "residual"], value),
-        **dict.fromkeys(["mean", "rstd"], total), **integers, "shift_row": "i32", "shift_token": "i32", "eps": "fp32",
-    }  # fmt: skip
-    back = {
-        **dict.fromkeys(["d_normed", "d_residual", "residual", "update", "gate", "weight", "bias", "scale", "dx", "d_update"], value),
-        **dict.fromkeys(["mean", "rstd", "d_gate", "d_weight", "d_bias", "d_scale", "d_shift"], total),
-        **integers, "rows_of_program": "i32",
-    }  # fmt: skip
-    return [
-        Variant(f"{label}, forward", forward_kernel, ahead, {**shared, "HAS_UPDATE": True}, num_warps(block)),
-        Variant(
-            f"{label}, backward", backward_kernel, back, {**shared, "HAS_RESIDUAL": True}, num_warps(block, 4)
-        ),
+    plain = {**everything, "HAS_WEIGHT": False, "HAS_BIAS": False}
+    rms = {"RMS": True, "HAS_GATE": False, "HAS_WEIGHT": True, "HAS_BIAS": False, "HAS_MODULATION": False}
+    forms = [
+        ("VAR-d16", 1024, False, plain),
+        ("RAR-XL", 1280, True, everything),
+        ("LlamaGen-XXL", 1536, False, rms),
+        ("4096 channels", MAX_HIDDEN, False, everything),
     ]
+    aheads = [
+        Variant(f"{label}, forward", forward_kernel, _types(forward_kernel),
+                {**form, "HAS_UPDATE": True, "BLOCK": triton.next_power_of_2(hidden)},
+                num_warps(triton.next_power_of_2(hidden)))
+        for label, hidden, _, form in forms
+    ]  # fmt: skip
+    forms.append(("RAR-XL, one modulation", 1280, False, everything))
+    backs = [
+        Variant(f"{label}, backward", backward_kernel, _types(backward_kernel),
+                {**form, "HAS_RESIDUAL": True, "ROWS": rows_of_program(block, per_token), "BLOCK": block},
+                num_warps(block))
+        for label, hidden, per_token, form in forms
+        for block in [triton.next_power_of_2(hidden)]
+    ]  # fmt: skip
+    return [*aheads, *backs]
+
+
+def _types(kernel: Any) -> dict[str, str]:
+    """Of the arguments that are no constants: states and modulations in bfloat16, sums in float32."""
+    integers = {
+        "tokens",
+        "hidden",
+        *(f"{one}_{dim}" for one in ("gate", "scale", "shift") for dim in ("row", "token")),
+    }
+    sums = {"mean", "rstd", "d_gate", "d_weight", "d_bias", "d_scale", "d_shift"}
+    types = {}
+    for name in kernel.arg_names:
+        if name in integers:
+            types[name] = "i32"
+        elif name == "eps":
+            types[name] = "fp32"
+        elif name.islower():
+            types[name] = "*fp32" if name in sums else "*bf16"
+    return types

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..variants import OPTIONS, Variant, warps
+from ..variants import OPTIONS, Variant
 
-LARGEST_ROW = 16_384  # that stays in registers
+LARGEST_ROW = 8192  # that stays in registers
 TILE = 8192  # of longer rows
 NOTHING, PROBABILITIES, SCORES = 0, 1, 2  # what is written beside tokens
 
@@ -195,9 +195,14 @@ def sample_kernel(
     tl.store(log_probs + index, tl.where(is_sound, own - best - tl.log(mass), failed))
 
 
+def block_of(vocab: int) -> int:
+    """Scores that are handled at once."""
+    return triton.next_power_of_2(vocab) if vocab <= LARGEST_ROW else TILE
+
+
 def num_warps(block: int) -> int:
     """16 scores for each thread."""
-    return min(max(block // 512, 1), 32)
+    return min(max(block // 512, 1), 16)
 
 
 def sample(
@@ -218,14 +223,14 @@ def sample(
     if rows == 0:
         return
     in_registers = vocab <= LARGEST_ROW
-    block = triton.next_power_of_2(vocab) if in_registers else TILE
+    block = block_of(vocab)
     scratch = None if in_registers else logits.new_empty(rows, vocab, dtype=torch.float32)
     sample_kernel[(rows,)](
         logits, unconditional, noise, parameters, scratch, *outputs, vocab,
         *(0 if one is None else one.stride(0) for one in (logits, unconditional, noise)),
         guidance, temperature, top_k, top_p, min_p,
         GUIDED=unconditional is not None, HAS_NOISE=noise is not None, PER_ROW=parameters is not None, WRITE=write,
-        IN_REGISTERS=in_registers, BLOCK=block, num_warps=warps(num_warps(block)), **OPTIONS,
+        IN_REGISTERS=in_registers, BLOCK=block, num_warps=num_warps(block), **OPTIONS,
     )  # fmt: skip
 
 
@@ -238,16 +243,17 @@ def variants() -> list[Variant]:
         "top_p": "fp32", "min_p": "fp32",
     }  # fmt: skip
     forms = [
-        ("4096 codes, probabilities", True, False, PROBABILITIES, 4096, True),
-        ("16384 codes, guided", True, True, NOTHING, LARGEST_ROW, False),
-        ("262144 codes, scores", False, False, SCORES, TILE, False),
+        ("4096 codes, probabilities", 4096, True, False, PROBABILITIES, True),
+        ("8192 codes, guided", LARGEST_ROW, True, True, NOTHING, False),
+        ("16384 codes, guided", 16_384, True, True, NOTHING, False),
+        ("262144 codes, scores", 262_144, False, False, SCORES, False),
     ]
     return [
         Variant(
             label, sample_kernel, types,
             {"GUIDED": guided, "HAS_NOISE": has_noise, "PER_ROW": per_row, "WRITE": write,
-             "IN_REGISTERS": "262144" not in label, "BLOCK": block},
-            num_warps(block),
+             "IN_REGISTERS": vocab <= LARGEST_ROW, "BLOCK": block_of(vocab)},
+            num_warps(block_of(vocab)),
         )
-        for label, has_noise, guided, write, block, per_row in forms
+        for label, vocab, has_noise, guided, write, per_row in forms
     ]  # fmt: skip
