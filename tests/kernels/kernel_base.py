@@ -128,7 +128,7 @@ class KernelTests:
 
     def operation_calls(self, inputs: dict[str, Any]) -> list[tuple[Any, tuple, dict]]:
         """The calls of registered operations that the function makes, with their arguments."""
-        recorder = _Recorder()
+        recorder = Recorder()
         with use("triton"), recorder, torch.no_grad():
             self.outputs(inputs)
         return recorder.calls
@@ -173,7 +173,7 @@ class KernelTests:
         assert any(target.startswith("hf_argen.") for target in targets), targets
 
 
-class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the operations of this package that are called."""
 
     def __init__(self):
