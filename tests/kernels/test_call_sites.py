@@ -118,8 +118,10 @@ def test_modes():
     with use("reference"):
         assert mode() == "reference"
     assert mode() == before
-    with pytest.raises(
-        ValueError, match="HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
+    with (
+        pytest.raises(
+            ValueError, match="HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
+        ),
+        use("cuda"),
     ):
-        with use("cuda"):
-            raise AssertionError("not reached")
+        raise AssertionError("not reached")
