@@ -118,10 +118,6 @@ def test_modes():
     with use("reference"):
         assert mode() == "reference"
     assert mode() == before
-    with (
-        pytest.raises(
-            ValueError, match="HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
-        ),
-        use("cuda"),
-    ):
+    message = "HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
+    with pytest.raises(ValueError, match=message), use("cuda"):
         raise AssertionError("not reached")
