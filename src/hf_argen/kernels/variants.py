@@ -52,6 +52,8 @@ class Variant:
         kernel: a `triton.jit` function.
         types: of the arguments that are no constants, in Triton's words ("*fp32", "i32").
         constants: the `tl.constexpr` arguments.
+        num_stages: see [`stages`]; `None` is Triton's choice.
+        unaligned: pointers into the middle of a tensor.
     """
 
     label: str
@@ -59,7 +61,7 @@ class Variant:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int
-    num_stages: int = 2
+    num_stages: int | None = None
     unaligned: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -93,8 +95,9 @@ def compiled(variant: Variant, chip: Chip) -> Any:
     }
     source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
     target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
-    num_stages = 1 if chip.backend == "hip" else variant.num_stages  # as `stages` has it
-    options = {"num_warps": variant.num_warps, "num_stages": num_stages, **OPTIONS}
+    options = {"num_warps": variant.num_warps, **OPTIONS}
+    if variant.num_stages is not None:
+        options["num_stages"] = 1 if chip.backend == "hip" else variant.num_stages  # as `stages` has it
     return triton.compile(source, target=target, options=options)
 
 

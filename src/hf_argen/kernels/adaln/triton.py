@@ -156,9 +156,9 @@ def backward_kernel(
         tl.store(d_shift + place, for_shift, mask=inside)
 
 
-def num_warps(block: int) -> int:
-    """Eight values of a row for each thread."""
-    return min(max(block // 256, 1), 16)
+def num_warps(block: int, rows: int = 1) -> int:
+    """Eight values of a row for each thread, four where sums over several rows stand beside them."""
+    return min(max(block // (256 if rows == 1 else 128), 1), 16)
 
 
 def rows_of_program(block: int, per_token: bool) -> int:
@@ -233,7 +233,7 @@ def backward(
         dx, d_update, *sums, tokens, hidden, *_strides(gate), *_strides(scale),
         RMS=rms, HAS_RESIDUAL=d_residual is not None, HAS_GATE=gate is not None, HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None, HAS_MODULATION=scale is not None, ROWS=rows, BLOCK=block,
-        num_warps=num_warps(block), **OPTIONS,
+        num_warps=num_warps(block, rows), **OPTIONS,
     )  # fmt: skip
     return sums
 
@@ -268,7 +268,7 @@ def variants() -> list[Variant]:
     backs = [
         Variant(f"{label}, backward", backward_kernel, _types(backward_kernel),
                 {**form, "HAS_RESIDUAL": True, "ROWS": rows_of_program(block, per_token), "BLOCK": block},
-                num_warps(block))
+                num_warps(block, rows_of_program(block, per_token)))
         for label, hidden, per_token, form in forms
         for block in [triton.next_power_of_2(hidden)]
     ]  # fmt: skip

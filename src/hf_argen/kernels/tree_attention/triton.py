@@ -207,4 +207,4 @@ def _variant(label: str, rows: int, head_dim: int, value: str, whole: bool, has_
         "HAS_HIDDEN": has_hidden, "WHOLE": whole, "UPCAST": False, "HEAD_DIM": head_dim, "CHANNELS": channels,
         "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Variant(label, partial_kernel, types, constants, num_warps(rows, channels))
+    return Variant(label, partial_kernel, types, constants, num_warps(rows, channels), num_stages=2)

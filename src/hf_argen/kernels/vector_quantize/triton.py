@@ -180,7 +180,7 @@ def variants() -> list[Variant]:
     }
     return [
         *(
-            Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=4)
+            Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=4, num_stages=2)
             for label, form in forms.items()
         ),
         Variant("signs of 18 bits", sign_kernel, signs, {"ROWS": ROWS, "BITS": 32}, num_warps=4),
