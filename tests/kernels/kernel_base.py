@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch.utils import deterministic
+from torch.utils._pytree import tree_map
 
 from hf_argen.kernels import use
 
@@ -94,11 +95,18 @@ class KernelTests:
             metafunc.parametrize("dtype", list(self.dtypes), ids=lambda one: str(one).removeprefix("torch."))
 
     def test_agrees_with_reference(self, case, dtype):
+        self.check_agreement(case, dtype, "cpu")
+
+    def check_agreement(self, case: str, dtype: torch.dtype, device: str) -> None:
         """With strides as they are made, into memory full of NaN."""
-        inputs = self.inputs(case, dtype)
+
+        def there() -> dict[str, Any]:
+            made = self.inputs(case, dtype)
+            return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, made)
+
         with use("reference"):
-            # The definition in float32, on the same numbers: the kernel computes in float32 whatever comes in.
-            expected = self.outputs(self.inputs(case, dtype))
+            expected = self.outputs(there())
+        inputs = there()
         with use("triton"), nan_in_new_memory():
             found = self.outputs(inputs)
         assert len(found) == len(expected)

@@ -68,6 +68,23 @@ def modulated_rms():
     }
 
 
+def one_row():
+    """A single vector for all rows of the batch and all tokens; wide enough for sums of tokens in several programs."""
+    gate, scale, shift = torch.randn(3, 1, 1, 9)
+    return {
+        "hidden_states": torch.randn(2, 35, 9),
+        "update": torch.randn(2, 35, 9),
+        "gate": gate,
+        "scale": scale,
+        "shift": shift,
+    }
+
+
+def vectors():
+    """States without a dimension of tokens."""
+    return {"hidden_states": torch.randn(5, 12), "weight": torch.rand(12) + 0.5, "bias": torch.randn(12)}
+
+
 def empty():
     """A batch without tokens."""
     return {
@@ -79,7 +96,10 @@ def empty():
 
 class TestAdaLN(KernelTests):
     function = staticmethod(adaln)
-    cases = {one.__name__: one for one in (var_block, rar_block, first_norm, rms_block, modulated_rms, empty)}
+    cases = {
+        one.__name__: one
+        for one in (var_block, rar_block, first_norm, rms_block, modulated_rms, one_row, vectors, empty)
+    }
     differentiable = ("hidden_states", "update", "gate", "scale", "shift", "weight", "bias")
 
     def test_output_dtype(self):

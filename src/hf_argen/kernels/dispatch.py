@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .checks import FLOATS
+
 VARIABLE = "HF_ARGEN_KERNELS"
 MODES = ("auto", "reference", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -55,14 +57,15 @@ def use(mode: str) -> Iterator[None]:
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """
-    Whether an operation on this tensor runs as a kernel. On a CPU "triton" means Triton's interpreter.
+    Whether an operation on this tensor runs as a kernel: float32, bfloat16 or float16 on a GPU. On a CPU "triton" means
+    Triton's interpreter.
 
     Raises:
         RuntimeError: "triton" for a tensor on a CPU, without the interpreter.
     """
     if tensor.is_cuda:  # true on AMD's GPUs, too
-        return _mode != "reference" and HAS_TRITON
-    if _mode != "triton" or tensor.device.type != "cpu":
+        return _mode != "reference" and HAS_TRITON and tensor.dtype in FLOATS
+    if _mode != "triton" or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
         return False
     if not INTERPRETS:
         raise RuntimeError(

@@ -34,10 +34,10 @@ def adaln(
     residual = hidden_states + gate * update; normed = norm(residual) * (1 + scale) + shift.
 
     Args:
-        hidden_states: (batch, tokens, hidden), float32, bfloat16 or float16.
-        scale, shift: (batch, 1 or tokens, hidden), both or neither. The reference computes the norm in their dtype, the
+        hidden_states: (batch, tokens, hidden), float32, bfloat16 or float16; of any rank without modulation and gate.
+        scale, shift: (batch or 1, 1 or tokens, hidden), both or neither. The reference computes the norm in their dtype, the
             kernel always in float32.
-        update, gate: (batch, tokens, hidden), the output of a block, and (batch, 1 or tokens, hidden); without `gate` it
+        update, gate: like `hidden_states`, the output of a block, and (batch or 1, 1 or tokens, hidden); without `gate` it
             is added as it is, without `update` the residual is `hidden_states` itself.
         weight, bias: (hidden,), of the norm; RMS norms have no bias.
         rms: x / sqrt(mean(x^2) + eps) (arXiv 1910.07467) in place of the layer norm.
@@ -54,13 +54,27 @@ def adaln(
             hidden_states, scale, shift, eps,
             update=update, gate=gate, weight=weight, bias=bias, rms=rms, dtype=dtype,
         )  # fmt: skip
+    shape = hidden_states.shape
+    if hidden_states.ndim != 3 and scale is None and gate is None:
+        hidden_states, update = (
+            None if one is None else one.reshape(1, -1, shape[-1]) for one in (hidden_states, update)
+        )
+    scale, shift, gate = (_for_each_row(one, len(hidden_states)) for one in (scale, shift, gate))
     _check(hidden_states, scale, shift, update, gate, weight, bias, rms)
     if dtype is None:
         dtype = hidden_states.dtype if scale is None else scale.dtype
     normed, residual, _, _ = _operation(
         hidden_states, update, gate, weight, bias, scale, shift, eps, rms, dtype
     )
-    return normed, hidden_states if update is None else residual
+    residual = hidden_states if update is None else residual
+    return normed.view(shape), residual if residual.shape == shape else residual.view(shape)
+
+
+def _for_each_row(modulation: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """A modulation of one row for all rows of the batch."""
+    if modulation is None or modulation.ndim != 3 or len(modulation) != 1:
+        return modulation
+    return modulation.expand(batch, -1, -1)
 
 
 def _check(
@@ -117,7 +131,7 @@ def _operation(
 
     outputs = _outputs(x, update, gate, weight, bias, scale, shift, eps, rms, dtype)
     x, update = x.contiguous(), None if update is None else update.contiguous()
-    gate, scale, shift = (contiguous_rows(one) for one in (gate, scale, shift))
+    gate, scale, shift, weight, bias = (contiguous_rows(one) for one in (gate, scale, shift, weight, bias))
     triton.forward(x, update, gate, weight, bias, scale, shift, eps, rms, outputs)
     return outputs
 
@@ -166,8 +180,8 @@ def _backward_operation(
         residual.contiguous(),
         None if update is None else update.contiguous(),
         contiguous_rows(gate),
-        weight,
-        bias,
+        contiguous_rows(weight),
+        contiguous_rows(bias),
         contiguous_rows(scale),
         mean,
         rstd,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 MAX_HIDDEN = 4096  # a row stays in registers, in the backward pass eight rows of intermediate values
@@ -173,6 +174,7 @@ def _strides(modulation: torch.Tensor | None) -> tuple[int, int]:
     return modulation.stride(0), 0 if modulation.shape[1] == 1 else modulation.stride(1)
 
 
+@on_its_device
 def forward(
     x: torch.Tensor,
     update: torch.Tensor | None,
@@ -199,6 +201,7 @@ def forward(
     )  # fmt: skip
 
 
+@on_its_device
 def backward(
     d_normed: torch.Tensor,
     d_residual: torch.Tensor | None,

@@ -85,7 +85,8 @@ def qk_norm_rope(
         return query, key.new_empty((0,))
     cos, sin = (None, None) if rotation is None else rotation.tables()
     interleaved = rotation is None or rotation.interleaved
-    weights = (query_weight, key_weight, query_bias, key_bias)
+    weights = tuple(contiguous_rows(one) for one in (query_weight, key_weight, query_bias, key_bias))
+    query_scale = contiguous_rows(query_scale)
     _check(query, key, value, norm, weights, query_scale, cos, sin, slot)
     given = (query_scale, cos, sin, interleaved)
     if slot is None:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 NORMS = {None: 0, "l2": 1, "rms": 2, "layer": 3}
@@ -131,6 +132,7 @@ def heads_of_program(head_dim: int) -> int:
     return max(BLOCK // triton.next_power_of_2(head_dim), 1)
 
 
+@on_its_device
 def launch(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 LARGEST_ROW = 8192  # that stays in registers
@@ -205,6 +206,7 @@ def num_warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
+@on_its_device
 def sample(
     logits: torch.Tensor,
     noise: torch.Tensor | None,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import INTERPRETS
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant, stages
 
 FEWEST_KEYS = 256  # for one program
@@ -133,6 +134,7 @@ def parts_of(programs: int, capacity: int) -> int:
     return max(min(triton.cdiv(PROGRAMS, programs), triton.cdiv(capacity, FEWEST_KEYS), MOST_PARTS), 1)
 
 
+@on_its_device
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,

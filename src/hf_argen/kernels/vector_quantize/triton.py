@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant, stages
 
 VECTORS, CODES, CHANNELS = (
@@ -100,6 +101,7 @@ def sign_kernel(
     tl.store(ids + row, tl.sum(tl.where(is_set & inside, worth[None, :], 0), axis=1), mask=row < count)
 
 
+@on_its_device
 def nearest(
     vectors: torch.Tensor, codes: torch.Tensor, metric: str, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
@@ -138,6 +140,7 @@ def _window(length: int, cells: int) -> int:
     return max(-(-(cell + 1) * length // cells) - cell * length // cells for cell in range(cells))
 
 
+@on_its_device
 def signs(latents: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes like the latents (n, bits) and ids (n,)."""
     count, bits = latents.shape

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 TILE = 4096  # tokens that are read at once, at most
@@ -146,6 +147,7 @@ def num_warps(block: int) -> int:
     return min(max(block // 512, 1), 8)
 
 
+@on_its_device
 def verify(
     target: torch.Tensor,
     tokens: torch.Tensor,
