@@ -102,16 +102,18 @@ class TestAdaLN(KernelTests):
     }
     differentiable = ("hidden_states", "update", "gate", "scale", "shift", "weight", "bias")
 
-    def test_output_dtype(self):
-        """Of bfloat16 states and float32 modulations, as the norm in front of a head gets them."""
-        inputs = {**self.inputs("first_norm"), "dtype": torch.bfloat16}
-        inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
-        with use("reference"):
-            expected = adaln(**inputs)[0]
-        with use("triton"):
-            found = adaln(**inputs)[0]
-        assert found.dtype == torch.bfloat16
-        assert_agree(found, expected)
+    @pytest.mark.parametrize("asked", [torch.bfloat16, None])
+    def test_mixed_dtypes(self, asked):
+        """Of bfloat16 states and float32 modulations, as the norm in front of a head gets them; and the reverse."""
+        for name in ("hidden_states", "scale"):
+            inputs = {**self.inputs("first_norm"), "dtype": asked}
+            inputs[name] = inputs[name].bfloat16()
+            with use("reference"):
+                expected = adaln(**inputs)[0]
+            with use("triton"):
+                found = adaln(**inputs)[0]
+            assert found.dtype == (torch.float32 if asked is None else asked)
+            assert_agree(found, expected)
 
     def test_residual_without_update_is_the_input(self):
         inputs = self.inputs("first_norm")

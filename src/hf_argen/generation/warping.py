@@ -57,7 +57,9 @@ def fusible(processors: Sequence[Any]) -> dict[str, Any]:
 
 
 def _is_plain(processor: Any) -> bool:
-    """Whether it removes by -inf, and has no least number of tokens that it does not remove."""
+    """Whether it removes by -inf, has no least number of tokens that it does not remove, and keeps more than the best one."""
+    if getattr(processor, "top_p", 1.0) == 0:
+        return False
     least = 1 if isinstance(processor, TopPLogitsWarper | MinPLogitsWarper) else None
     removes = getattr(processor, "filter_value", -torch.inf) == -torch.inf
     return removes and getattr(processor, "min_tokens_to_keep", least) == least

@@ -35,13 +35,13 @@ def adaln(
 
     Args:
         hidden_states: (batch, tokens, hidden), float32, bfloat16 or float16; of any rank without modulation and gate.
-        scale, shift: (batch or 1, 1 or tokens, hidden), both or neither. The reference computes the norm in their dtype, the
-            kernel always in float32.
+        scale, shift: (batch or 1, 1 or tokens, hidden), both or neither. The reference computes the norm in the wider dtype
+            of these and the states, the kernel always in float32.
         update, gate: like `hidden_states`, the output of a block, and (batch or 1, 1 or tokens, hidden); without `gate` it
             is added as it is, without `update` the residual is `hidden_states` itself.
         weight, bias: (hidden,), of the norm; RMS norms have no bias.
         rms: x / sqrt(mean(x^2) + eps) (arXiv 1910.07467) in place of the layer norm.
-        dtype: of `normed`; default: that of `scale`, or else of `hidden_states`.
+        dtype: of `normed`; default: the wider one of those of `hidden_states` and `scale`.
 
     Returns:
         normed and residual, (batch, tokens, hidden). Both have gradients.
@@ -62,7 +62,9 @@ def adaln(
     scale, shift, gate = (_for_each_row(one, len(hidden_states)) for one in (scale, shift, gate))
     _check(hidden_states, scale, shift, update, gate, weight, bias, rms)
     if dtype is None:
-        dtype = hidden_states.dtype if scale is None else scale.dtype
+        dtype = hidden_states.dtype
+        if scale is not None:
+            dtype = torch.promote_types(dtype, scale.dtype)
     normed, residual, _, _ = _operation(
         hidden_states, update, gate, weight, bias, scale, shift, eps, rms, dtype
     )

@@ -19,7 +19,9 @@ def adaln(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See [`hf_argen.kernels.adaln.adaln`]."""
     residual = gated_residual(hidden_states, update, gate)
-    states = residual if scale is None else residual.to(scale.dtype)
+    states = residual
+    if scale is not None and scale.dtype != residual.dtype:
+        states = residual.to(torch.promote_types(residual.dtype, scale.dtype))
     if rms:
         normed = torch.rms_norm(states, states.shape[-1:], None, eps)
         normed = normed if weight is None else normed * weight
