@@ -104,16 +104,25 @@ class TestAdaLN(KernelTests):
 
     @pytest.mark.parametrize("asked", [torch.bfloat16, None])
     def test_mixed_dtypes(self, asked):
-        """Of bfloat16 states and float32 modulations, as the norm in front of a head gets them; and the reverse."""
-        for name in ("hidden_states", "scale"):
-            inputs = {**self.inputs("first_norm"), "dtype": asked}
-            inputs[name] = inputs[name].bfloat16()
-            with use("reference"):
-                expected = adaln(**inputs)[0]
-            with use("triton"):
-                found = adaln(**inputs)[0]
-            assert found.dtype == (torch.float32 if asked is None else asked)
-            assert_agree(found, expected)
+        """Of bfloat16 states and float32 modulations, as the norm in front of a head gets them."""
+        inputs = {**self.inputs("first_norm"), "dtype": asked}
+        inputs["hidden_states"] = inputs["hidden_states"].bfloat16()
+        with use("reference"):
+            expected = adaln(**inputs)[0]
+        with use("triton"):
+            found = adaln(**inputs)[0]
+        assert found.dtype == (torch.float32 if asked is None else asked)
+        assert_agree(found, expected)
+
+    @pytest.mark.parametrize("mode", ["reference", "triton"])
+    def test_float32_states_stay_float32(self, mode):
+        """Under autocast modulations are bfloat16; the residual stream must not be rounded to it."""
+        inputs = self.inputs("first_norm")
+        scale = inputs["scale"].bfloat16()
+        with use(mode):
+            normed, residual = adaln(inputs["hidden_states"], scale, scale, update=inputs["hidden_states"])
+        assert normed.dtype == residual.dtype == torch.float32
+        assert torch.equal(residual, 2 * inputs["hidden_states"])
 
     def test_residual_without_update_is_the_input(self):
         inputs = self.inputs("first_norm")
