@@ -73,8 +73,7 @@ def qk_norm_rope(
     """
     if norm not in NORMS:
         raise ValueError(f"{NAME}: norm is {norm!r}; it must be one of {', '.join(map(repr, NORMS))}.")
-    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if not runs_kernel(query) or needs_gradient or query.shape[-1] > MAX_HEAD_DIM:
+    if not (runs_kernel(query) and query.shape[-1] <= MAX_HEAD_DIM) or _needs_gradient(query, key):
         query, key = reference.qk_norm_rope(
             query, key, norm=norm, eps=eps, query_weight=query_weight, key_weight=key_weight,
             query_bias=query_bias, key_bias=key_bias, query_scale=query_scale, rotation=rotation,
@@ -95,6 +94,10 @@ def qk_norm_rope(
         query, key, value, slot.keys, slot.values, slot.places, slot.start, norm or "", eps, *weights, *given
     )
     return query, query.new_empty((0,))
+
+
+def _needs_gradient(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
 
 
 def _check(
