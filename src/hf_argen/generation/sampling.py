@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..kernels.dispatch import runs_kernel
+from ..kernels.sample_logits import sample_logits
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the whole batch, or one per row (then a row's draws do not depend on the batch around it)."""
 
@@ -45,7 +48,8 @@ class TorchRandomness:
     """Draws from torch's generators."""
 
     @staticmethod
-    def _exponential(like: torch.Tensor, generator: Generators) -> torch.Tensor:
+    def exponential(like: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """Standard exponential noise, shape and dtype of `like` (batch, ...)."""
         noise = torch.empty_like(like, memory_format=torch.contiguous_format)
         if isinstance(generator, Sequence):
             for row, row_generator in zip(noise, generator, strict=True):
@@ -55,7 +59,7 @@ class TorchRandomness:
 
     def categorical(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
         # The exponential race: what torch.multinomial does for one sample, so that seeds agree with it on the CPU.
-        return torch.argmax(probs / self._exponential(probs, generator), dim=-1)
+        return torch.argmax(probs / self.exponential(probs, generator), dim=-1)
 
     def without_replacement(self, probs: torch.Tensor, count: int, generator: Generators) -> torch.Tensor:
         # The first of the race and those that come after it: as torch.multinomial without replacement.
@@ -71,7 +75,7 @@ class TorchRandomness:
         return uniform < probs
 
     def gumbel(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
-        return -self._exponential(like, generator).log()
+        return -self.exponential(like, generator).log()
 
     def uniform(self, choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:
         probs = torch.full((choices,), 1 / choices, device=device)
@@ -124,6 +128,25 @@ def categorical(probs: torch.Tensor, generator: Generators = None) -> torch.Tens
         (batch, ...) int64.
     """
     return _source.get().categorical(probs, generator)
+
+
+def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """
+    One draw from softmax(scores): the token that [`categorical`] draws from it.
+
+    Args:
+        scores: (batch, ..., choices) float32, -inf for what must not be drawn.
+        generator: as for [`categorical`].
+
+    Returns:
+        (batch, ...) int64.
+    """
+    source = _source.get()
+    if source is not _TORCH or not runs_kernel(scores):
+        return source.categorical(scores.softmax(dim=-1), generator)
+    noise = TorchRandomness.exponential(scores, generator)
+    rows = (-1, scores.shape[-1])
+    return sample_logits(scores.reshape(rows), noise.view(rows))[0].view(scores.shape[:-1])
 
 
 def bernoulli(probs: torch.Tensor, generator: Generators = None) -> torch.Tensor:

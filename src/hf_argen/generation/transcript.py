@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from .sampling import Generators, categorical
+from .sampling import Generators, draw
+from .warping import warped
 
 # Processors that look at the scores alone, and so can run on all nodes of all rows at once.
 CONTEXT_FREE = (
@@ -143,12 +144,7 @@ class Transcript:
         for is_free, group in groupby(self.logits_processor, key=lambda one: type(one) in CONTEXT_FREE):
             if is_free:
                 empty = self.prompt.new_zeros(scores.shape[0] * scores.shape[1], 0)
-                rows = scores.reshape(-1, scores.shape[-1])
-                for (
-                    processor
-                ) in group:  # not as a list of transformers, which reads their signatures every time
-                    rows = processor(empty, rows)
-                scores = rows.view(scores.shape)
+                scores = warped(list(group), scores.reshape(-1, scores.shape[-1]), empty).view(scores.shape)
             else:
                 processors = LogitsProcessorList(group)
                 if paths is None:
@@ -291,4 +287,4 @@ class Transcript:
 
 def choose(scores: torch.Tensor, do_sample: bool, generator: Generators = None) -> torch.Tensor:
     """Scores (batch, ..., vocab_size) to tokens (batch, ...): drawn, or the best ones."""
-    return categorical(scores.softmax(dim=-1), generator) if do_sample else scores.argmax(dim=-1)
+    return draw(scores, generator) if do_sample else scores.argmax(dim=-1)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ...kernels.qk_norm_rope import Slot
+from ...kernels.qk_norm_rope.reference import write
+
 
 class PreallocatedLayer(CacheLayerMixin):
     """
@@ -40,17 +43,23 @@ class PreallocatedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds new positions, at the end or at `places`; returns views on all valid ones."""
+        write(key_states, value_states, *self.claim(key_states, value_states))
+        return self.filled()
+
+    def claim(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Slot:
+        """Makes room for new positions, which count from now on, and says where they have to be written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.places is not None:
-            self._write(self.places, key_states, value_states)
-        else:
-            end = self.length + key_states.shape[2]
-            if end > self.capacity:
-                self._grow(end)
-            self.keys[:, :, self.length : end] = key_states
-            self.values[:, :, self.length : end] = value_states
-            self.length = end
+            return Slot(self.keys, self.values, self.places.to(self.keys.device))
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self.capacity:
+            self._grow(end)
+        self.length = end
+        return Slot(self.keys, self.values, None, start)
+
+    def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views on the keys and values of all valid positions."""
         stop = self.capacity if self.whole else self.length
         values = self.values[:, :, :stop]
         if self.value_weights is not None:
@@ -72,12 +81,7 @@ class PreallocatedLayer(CacheLayerMixin):
                 tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
                 for tensor in (self.keys, self.values)
             )
-            self._write(target, *moved)
-
-    def _write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        index = places.to(self.keys.device)[:, None, :, None]
-        for tensor, new in ((self.keys, keys), (self.values, values)):
-            tensor.scatter_(2, index.expand(new.shape), new.to(tensor.dtype))
+            write(*moved, self.keys, self.values, target, 0)
 
     def _grow(self, needed: int) -> None:
         if self.fixed:

@@ -9,6 +9,10 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...generation.cache import PreallocatedCache
+from ...kernels.dispatch import runs_kernel
+from ...kernels.qk_norm_rope import qk_norm_rope
+
 
 def eager_attention_forward(
     module: nn.Module,
@@ -66,10 +70,23 @@ class HeadedAttention(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
+        **preparation: Any,
     ) -> torch.Tensor:
-        """Attention over these and the cached positions, projected, (batch, length, hidden_size)."""
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        """
+        Attention over these and the cached positions, projected, (batch, length, hidden_size).
+
+        Args:
+            preparation: what happens to queries and keys before: norm, scale and rotation, see `kernels.qk_norm_rope`.
+        """
+        if isinstance(past_key_values, PreallocatedCache) and runs_kernel(query):
+            layer = past_key_values.layers[self.layer_idx]
+            query, _ = qk_norm_rope(query, key, value, slot=layer.claim(key, value), **preparation)
+            key, value = layer.filled()
+        else:
+            if preparation:
+                query, key = qk_norm_rope(query, key, **preparation)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
         attended, _ = attention_function(self.config._attn_implementation)(
             self,
             query,
@@ -80,9 +97,29 @@ class HeadedAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         output = self.o_proj(attended.flatten(2))
-        return (
-            self.dropout(output) if self.training else output
-        )  # at one token a step, calls of modules count
+        # At one token a step, calls of modules count.
+        return self.dropout(output) if self.training else output
+
+
+def fused_layer_norms(
+    query: torch.Tensor, query_norm: nn.LayerNorm, key_norm: nn.LayerNorm
+) -> dict[str, Any]:
+    """
+    The weights of two norms as `preparation` of [`HeadedAttention.attend`], where a kernel does their work; empty where the
+    modules have to be called, because there is none or their weights are elsewhere (offloaded, sharded).
+    """
+    weights = (query_norm.weight, key_norm.weight)
+    is_here = all(one.device == query.device and not hasattr(one, "to_local") for one in weights)
+    if not runs_kernel(query) or not is_here:
+        return {}
+    return {
+        "norm": "layer",
+        "eps": query_norm.eps,
+        "query_weight": query_norm.weight,
+        "key_weight": key_norm.weight,
+        "query_bias": query_norm.bias,
+        "key_bias": key_norm.bias,
+    }
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels.vector_quantize import nearest_codes
+
 
 class Codebook(nn.Module):
     """
@@ -40,11 +42,7 @@ class Codebook(nn.Module):
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Ids (...) of the codes nearest to the latents (..., channels), of equally near ones the first."""
         latents = self.unit(latents.float())
-        return (
-            self.distances(latents.flatten(0, -2), self.codes(latents.device))
-            .argmin(dim=1)
-            .view(latents.shape[:-1])
-        )
+        return nearest_codes(latents.flatten(0, -2), self.codes(latents.device)).view(latents.shape[:-1])
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """

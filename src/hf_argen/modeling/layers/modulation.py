@@ -4,13 +4,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels.adaln import adaln
+
 
 def modulated_norm(
-    hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    hidden_states: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Layer norm without weights of its own, then * (1 + scale) + shift; these are (batch, 1 or tokens, hidden)."""
-    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, scale + 1)
+    return adaln(hidden_states, scale, shift, eps, dtype=dtype)[0]
+
+
+class ModulatedLayerNorm(nn.LayerNorm):
+    """A layer norm with weights that is modulated by a condition, and may stand behind a gated residual."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        update: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states, update: (batch, tokens, hidden).
+            scale, shift, gate: (batch, 1 or tokens, hidden).
+
+        Returns:
+            norm(residual) * (1 + scale) + shift, and residual = hidden_states + gate * update.
+        """
+        return adaln(
+            hidden_states,
+            scale,
+            shift,
+            self.eps,
+            update=update,
+            gate=gate,
+            weight=self.weight,
+            bias=self.bias,
+        )
 
 
 class AdaLNModulation(nn.Module):
@@ -52,4 +88,4 @@ class AdaLNOutput(nn.Module):
         if modulation.ndim < hidden_states.ndim:
             modulation = modulation.unsqueeze(1)
         scale, shift = modulation.chunk(2, dim=-1)
-        return modulated_norm(hidden_states.float(), scale, shift, self.eps).to(condition.dtype)
+        return modulated_norm(hidden_states, scale, shift, self.eps, condition.dtype)

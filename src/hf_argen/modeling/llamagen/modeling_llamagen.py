@@ -15,17 +15,16 @@ from transformers.utils import ModelOutput
 
 from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_token import NextTokenPredictor, Prompt
+from ...kernels.qk_norm_rope import Rotation
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
 from ..layers.attention import HeadedAttention, causal_mask
 from ..layers.drop_path import DropPath
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
-from ..layers.rotary import rotary_2d, rotate_pairs
+from ..layers.rotary import rotary_2d
 from ..tokenizers.configuration_grid import check_same_tokens
 from .configuration_llamagen import LlamaGenConfig
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -69,8 +68,7 @@ class LlamaGenAttention(HeadedAttention):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        query, key = rotate_pairs(torch.stack((query, key)), *rotation).unbind()
-        return self.attend(query, key, value, attention_mask, past_key_values)
+        return self.attend(query, key, value, attention_mask, past_key_values, rotation=rotation)
 
 
 class LlamaGenLayer(GradientCheckpointingLayer):
@@ -99,8 +97,8 @@ class LlamaGenLayer(GradientCheckpointingLayer):
         )
         if self.training:
             attended = self.drop_path(attended)
-        hidden_states = hidden_states + attended
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm(hidden_states, attended)
+        transformed = self.mlp(normed)
         if self.training:
             transformed = self.drop_path(transformed)
         return hidden_states + transformed

@@ -16,11 +16,12 @@ from ...generation import sampling
 from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_token import NextTokenPredictor, Prompt
 from ...generation.sampling import Generators
+from ...kernels.adaln import gated_residual
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
-from ..layers.attention import HeadedAttention, causal_mask
+from ..layers.attention import HeadedAttention, causal_mask, fused_layer_norms
 from ..layers.mlp import MLP
-from ..layers.modulation import AdaLNModulation, AdaLNOutput
+from ..layers.modulation import AdaLNModulation, AdaLNOutput, ModulatedLayerNorm
 from ..tokenizers.configuration_grid import check_same_tokens
 from ..vector_condition import VectorConditionMixin, VectorConditionModules
 from .configuration_rar import RarConfig
@@ -70,8 +71,10 @@ class RarAttention(HeadedAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        query, key = self.q_norm(query), self.k_norm(key)
-        return self.attend(query, key, value, attention_mask, past_key_values)
+        fused = fused_layer_norms(query, self.q_norm, self.k_norm)
+        if not fused:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return self.attend(query, key, value, attention_mask, past_key_values, **fused)
 
 
 class RarLayer(GradientCheckpointingLayer):
@@ -81,9 +84,9 @@ class RarLayer(GradientCheckpointingLayer):
         super().__init__()
         hidden = config.hidden_size
         self.modulation = AdaLNModulation(hidden, hidden, NUM_MODULATIONS)
-        self.input_layernorm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.input_layernorm = ModulatedLayerNorm(hidden, config.layer_norm_eps)
         self.self_attn = RarAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.post_attention_layernorm = ModulatedLayerNorm(hidden, config.layer_norm_eps)
         dropout = config.hidden_dropout
         self.mlp = MLP(hidden, config.intermediate_size, config.hidden_act, dropout, inner_dropout=dropout)
 
@@ -97,10 +100,12 @@ class RarLayer(GradientCheckpointingLayer):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(
             conditions
         ).unbind(2)
-        normed = self.input_layernorm(hidden_states) * (1 + scale_attn) + shift_attn
-        hidden_states = hidden_states + gate_attn * self.self_attn(normed, attention_mask, past_key_values)
-        normed = self.post_attention_layernorm(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.mlp(normed)
+        normed, _ = self.input_layernorm(hidden_states, scale_attn, shift_attn)
+        attended = self.self_attn(normed, attention_mask, past_key_values)
+        normed, hidden_states = self.post_attention_layernorm(
+            hidden_states, scale_mlp, shift_mlp, attended, gate_attn
+        )
+        return gated_residual(hidden_states, self.mlp(normed), gate_mlp)
 
 
 class RarPreTrainedModel(ArgenPreTrainedModel):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -15,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from ...generation.mixin import ImageGenerationMixin
 from ...generation.predictors.next_scale import NextScalePredictor
+from ...kernels.adaln import adaln, gated_residual
 from ..base import ArgenPreTrainedModel, ImageModelMixin
 from ..heads.categorical import CategoricalHead
 from ..layers.attention import HeadedAttention, block_causal_mask, block_index, local_part
@@ -68,12 +68,12 @@ class VarAttention(HeadedAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        if self.config.use_qk_norm:
-            scale = local_part(self.logit_scale)
-            factor = scale.clamp(max=self.MAX_LOGIT_SCALE).exp().view(1, -1, 1, 1)
-            query = F.normalize(query, dim=-1) * factor
-            key = F.normalize(key, dim=-1)
-        return self.attend(query, key, value, attention_mask, past_key_values)
+        if not self.config.use_qk_norm:
+            return self.attend(query, key, value, attention_mask, past_key_values)
+        factor = local_part(self.logit_scale).clamp(max=self.MAX_LOGIT_SCALE).exp()
+        return self.attend(
+            query, key, value, attention_mask, past_key_values, norm="l2", eps=1e-12, query_scale=factor
+        )
 
 
 class VarLayer(GradientCheckpointingLayer):
@@ -105,9 +105,10 @@ class VarLayer(GradientCheckpointingLayer):
         attended = self.self_attn(
             modulated_norm(hidden_states, scale_attn, shift_attn, self.eps), attention_mask, past_key_values
         )
-        hidden_states = torch.addcmul(hidden_states, self.drop_path(attended), gate_attn)
-        transformed = self.mlp(modulated_norm(hidden_states, scale_mlp, shift_mlp, self.eps))
-        return torch.addcmul(hidden_states, self.drop_path(transformed), gate_mlp)
+        normed, hidden_states = adaln(
+            hidden_states, scale_mlp, shift_mlp, self.eps, update=self.drop_path(attended), gate=gate_attn
+        )
+        return gated_residual(hidden_states, self.drop_path(self.mlp(normed)), gate_mlp)
 
 
 def remembered(cache: Cache | None, key: Any, module: nn.Module, condition: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ....kernels.vector_quantize import nearest_codes_of_scale
 from .configuration_multiscale_vq import MultiScaleVQConfig
 
 Grid = tuple[int, int]
@@ -75,14 +76,6 @@ class MultiScaleQuantizer(nn.Module):
         """The feature map averaged down to the grid of the next scale, (batch, h * w, channels): the model's input."""
         return F.interpolate(feature_map, size=size, mode="area").flatten(2).transpose(1, 2)
 
-    def nearest_codes(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:
-        """Index (n,) of the code nearest to each of the vectors (n, channels)."""
-        if self.config.normalize_codes:
-            return torch.argmax(F.normalize(vectors, dim=-1) @ F.normalize(codebook.T, dim=0), dim=1)
-        distances = vectors.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
-        distances.addmm_(vectors, codebook.T, alpha=-2, beta=1)
-        return torch.argmin(distances, dim=1)
-
     @staticmethod
     def _vectors(residual: torch.Tensor, size: Grid, is_last: bool) -> torch.Tensor:
         """The cells (batch * h * w, channels) of a residual, averaged down to the grid of a scale."""
@@ -92,8 +85,11 @@ class MultiScaleQuantizer(nn.Module):
     def _scale_ids(
         self, residual: torch.Tensor, size: Grid, is_last: bool, codebook: torch.Tensor
     ) -> torch.Tensor:
-        vectors = self._vectors(residual, size, is_last)
-        return self.nearest_codes(vectors, codebook).view(residual.shape[0], -1)
+        """The nearest codes (batch, cells) of the residual on the grid of a scale."""
+        size = tuple(residual.shape[2:]) if is_last else size
+        return nearest_codes_of_scale(
+            residual, codebook, size, "cosine" if self.config.normalize_codes else "l2"
+        )
 
     @torch.no_grad()
     def quantize(

@@ -1,0 +1,118 @@
+"""Models, decodings and tokenizers with kernels in place of the references give what they give without."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from hf_argen.generation import sampling
+from hf_argen.generation.warping import fusible, warped
+from hf_argen.kernels import mode, use
+
+from ..helpers.enumerator import Enumerator
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_var
+from .kernel_base import Recorder
+
+MODELS = {"var": tiny_var, **{name: make for name, (make, _) in NEXT_TOKEN_FAMILIES.items()}}
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_pictures(family):
+    """The same tokens, drawn with guidance; the operations that the family needs run, and no others."""
+    model = MODELS[family]()
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **SAMPLING)
+
+    expected = draw()
+    with use("triton"), Recorder() as recorder:
+        assert torch.equal(draw(), expected)
+    used = Counter(str(operation).split(".")[1] for operation, _, _ in recorder.calls)
+    expected_names = {"adaln", "qk_norm_rope_cached"}
+    if family != "var":
+        expected_names.add("sample_logits")
+    assert set(used) == expected_names
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_training(family):
+    """The same loss and gradients."""
+    model = MODELS[family]()
+    ids = torch.randint(16, (1, 21 if family == "var" else 16))
+    losses, gradients = {}, {}
+    for kind in ("reference", "triton"):
+        with use(kind):
+            model.zero_grad()
+            loss = model(input_ids=ids, class_labels=torch.tensor([2]), labels=ids).loss
+            loss.backward()
+        losses[kind] = loss
+        gradients[kind] = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    torch.testing.assert_close(losses["triton"], losses["reference"], rtol=1e-5, atol=1e-6)
+    assert gradients["triton"].keys() == gradients["reference"].keys()
+    for name, found in gradients["triton"].items():
+        torch.testing.assert_close(found, gradients["reference"][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_encoding(family):
+    """The same ids of a picture."""
+    tokenizer = MODELS[family]().image_tokenizer
+    pixels = torch.rand(2, 3, *((16, 16) if family == "var" else (8, 8))) * 2 - 1
+    expected = tokenizer.encode(pixels)
+    with use("triton"), Recorder() as recorder:
+        assert torch.equal(tokenizer.encode(pixels), expected)
+    assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"nearest_codes"}
+
+
+def test_warpers_that_one_pass_can_do():
+    temperature, top_k, top_p = TemperatureLogitsWarper(0.5), TopKLogitsWarper(4), TopPLogitsWarper(0.9)
+    assert fusible([temperature, top_k, top_p]) == {"temperature": 0.5, "top_k": 4, "top_p": 0.9}
+    assert fusible([top_p, top_k]) == {"top_p": 0.9}
+    assert fusible([temperature, temperature]) == {"temperature": 0.5}
+    assert fusible([TopPLogitsWarper(0.9, min_tokens_to_keep=2)]) == {}
+    assert fusible([TopKLogitsWarper(3, filter_value=-1e9)]) == {}
+    assert fusible([lambda ids, scores: scores, top_k]) == {}
+
+
+@pytest.mark.parametrize("order", ["usual", "reversed", "twice"])
+def test_warpers_in_any_order(order):
+    processors = [
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(30),
+        TopPLogitsWarper(0.8),
+        MinPLogitsWarper(0.05),
+    ]
+    processors = {"usual": processors, "reversed": processors[::-1], "twice": processors * 2}[order]
+    scores, ids = torch.randn(3, 101) * 3, torch.zeros(3, 0).long()
+    expected = warped(processors, scores, ids)
+    with use("triton"):
+        assert torch.equal(warped(processors, scores, ids), expected)
+
+
+def test_draws_follow_the_generators():
+    """One draw for each row from its own generator, and what a test puts in the place of randomness is asked."""
+    scores = torch.randn(3, 2, 50).masked_fill(torch.rand(3, 2, 50) < 0.3, -torch.inf)
+
+    def draw() -> torch.Tensor:
+        return sampling.draw(scores, [torch.Generator().manual_seed(seed) for seed in range(3)])
+
+    expected = draw()
+    with use("triton"):
+        assert torch.equal(draw(), expected)
+        followed = Enumerator().distribution(lambda: int(sampling.draw(torch.zeros(1, 1, 2))))
+    assert followed == {0: 0.5, 1: 0.5}
+
+
+def test_modes():
+    before = mode()
+    with use("reference"):
+        assert mode() == "reference"
+    assert mode() == before
+    message = "HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
+    with pytest.raises(ValueError, match=message), use("cuda"):
+        raise AssertionError("not reached")
