@@ -214,7 +214,7 @@ def train(
         options,
         folder,
         callbacks,
-        CORRUPTION[family.removesuffix("-drafter")],
+        CORRUPTION.get(family),
     )
     return model, processor
 
