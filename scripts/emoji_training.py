@@ -4,6 +4,7 @@ checkpoints by the clock, exact resume, sheets of what is drawn so far, and the 
 """
 
 import argparse
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ def falling(progress: float, start: float, stop: float) -> float:
     """1 up to `start`, 0 from `stop` on, a straight line between them."""
     if progress >= stop:
         return 0.0
-    return min(1.0, (stop - progress) / (stop - start))
+    return 1.0 if progress <= start or stop == math.inf else (stop - progress) / (stop - start)
 
 
 class Pictures(Dataset):
