@@ -216,7 +216,10 @@ def random_prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @contextmanager
 def forward_time(models: list[torch.nn.Module]) -> Iterator[dict[str, Any]]:
-    """Within the `with` block: seconds in the outermost forward passes of the models, and how many."""
+    """
+    Within the `with` block: seconds in the forward passes of the models, and in their heads, which EAGLE borrows; and how
+    many passes of whole models.
+    """
     spent: dict[str, Any] = {"seconds": 0.0, "calls": 0}
     depth, start = 0, 0.0
 
@@ -227,19 +230,18 @@ def forward_time(models: list[torch.nn.Module]) -> Iterator[dict[str, Any]]:
             start = time.perf_counter()
         depth += 1
 
-    def after(*_: Any) -> None:
+    def after(module: torch.nn.Module, *_: Any) -> None:
         nonlocal depth
         depth -= 1
         if depth == 0:
             synchronize()
             spent["seconds"] += time.perf_counter() - start
-            spent["calls"] += 1
+            spent["calls"] += any(module is model for model in models)
 
-    hooks = [
-        hook
-        for model in {id(model): model for model in models}.values()
-        for hook in (model.register_forward_pre_hook(before), model.register_forward_hook(after))
-    ]
+    heads = [model.get_output_embeddings() for model in models if hasattr(model, "get_output_embeddings")]
+    hooks = []
+    for module in {id(one): one for one in (*models, *heads) if one is not None}.values():
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         yield spent
     finally:

@@ -23,7 +23,7 @@ from hf_argen import (
 )
 from hf_argen.generation.sampling import TorchRandomness, randomness
 
-from ...helpers.goldens import assert_close, golden
+from ...helpers.goldens import assert_close, golden, states_equal
 from ...helpers.language_models import language_model, prompts
 
 EAGLES = ["eagle1_static_a", "eagle2_a", "eagle3_a"]
@@ -415,3 +415,24 @@ def test_eagle_flags(tmp_path):
     whole = network({"draft_vocab_size": 160}, **{"lm_head.weight": torch.randn(160, 48)})
     assert whole.draft_ids is None
     assert load_file(folder / "model.safetensors")
+
+
+# The Hub
+
+
+@pytest.mark.parametrize("name", ["eagle3_a", "medusa2_a"])
+def test_from_the_hub(hub, name):
+    """What the authors released is fetched file by file; ours is pushed and comes back."""
+    family, role = ("eagle", "draft") if name == "eagle3_a" else ("medusa", "model")
+    case = golden(family, name)
+    files = {path.name: path.read_bytes() for path in (case.path / role).iterdir()}
+    hub.add("authors/released", files)
+    network_class = Eagle if family == "eagle" else MedusaHeads
+    network = network_class.from_pretrained("authors/released")
+    local = network_class.from_pretrained(case.path / role)
+    assert states_equal(network, local)
+    assert network.name_or_path == "authors/released"
+    network.push_to_hub("tester/drafter")
+    assert states_equal(network_class.from_pretrained("tester/drafter"), network)
+    with pytest.raises(ValueError, match="'authors/none' .*cannot be"):
+        network_class.from_pretrained("authors/none")
