@@ -214,3 +214,14 @@ def test_kinds_of_models(kind, implementation):
             inputs = {**prompts(), "max_new_tokens": 10, "do_sample": False, **options}
             expected = model.generate(**inputs)
             assert torch.equal(hf_argen.generate(model, SpeculativeDecoding(part, tree), **inputs), expected)
+
+
+@pytest.mark.parametrize("tree", [Chain(3), DynamicTree(8, 2, 3)], ids=str)
+def test_static_cache(tree):
+    model = language_model("llama")
+    inputs = {**prompts(), "max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(**inputs)
+    for drafter in (small("llama"), NGram()):
+        decoding = SpeculativeDecoding(drafter, tree)
+        found = hf_argen.generate(model, decoding, **inputs, cache_implementation="static")
+        assert torch.equal(found, expected)
