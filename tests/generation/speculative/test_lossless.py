@@ -177,20 +177,28 @@ GREEDY = {
 }
 
 
-@pytest.mark.parametrize("name", GREEDY)
-def test_greedy_tokens_on_twenty_prompts(name):
-    """One by one and four at a time, with rows that end early."""
+@pytest.fixture(scope="module")
+def plain_texts():
+    """A model, and its own greedy text for twenty prompts, one by one and four at a time: (inputs, ids) of each batch."""
     model = language_model("llama")
-    decoding = GREEDY[name]
-    if decoding.drafter is None:
-        decoding = SpeculativeDecoding(small("llama"), decoding.tree, decoding.acceptance)
-    inputs = many_prompts()
-    options = {"max_new_tokens": 10, "do_sample": False}
+    inputs, found = many_prompts(), []
     for size in (1, 4):
         for start in range(0, 20, size):
             batch = {key: value[start : start + size] for key, value in inputs.items()}
-            expected = model.generate(**batch, **options)
-            assert torch.equal(hf_argen.generate(model, decoding, **batch, **options), expected)
+            found.append((batch, model.generate(**batch, max_new_tokens=10, do_sample=False)))
+    return model, found
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_tokens_on_twenty_prompts(name, plain_texts):
+    """One by one and four at a time, with rows that end early."""
+    model, texts = plain_texts
+    decoding = GREEDY[name]
+    if decoding.drafter is None:
+        decoding = SpeculativeDecoding(small("llama"), decoding.tree, decoding.acceptance)
+    for batch, expected in texts:
+        found = hf_argen.generate(model, decoding, **batch, max_new_tokens=10, do_sample=False)
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,3 +214,14 @@ def test_kinds_of_models(kind, implementation):
             inputs = {**prompts(), "max_new_tokens": 10, "do_sample": False, **options}
             expected = model.generate(**inputs)
             assert torch.equal(hf_argen.generate(model, SpeculativeDecoding(part, tree), **inputs), expected)
+
+
+@pytest.mark.parametrize("tree", [Chain(3), DynamicTree(8, 2, 3)], ids=str)
+def test_static_cache(tree):
+    model = language_model("llama")
+    inputs = {**prompts(), "max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(**inputs)
+    for drafter in (small("llama"), NGram()):
+        decoding = SpeculativeDecoding(drafter, tree)
+        found = hf_argen.generate(model, decoding, **inputs, cache_implementation="static")
+        assert torch.equal(found, expected)

@@ -13,6 +13,7 @@ from hf_argen import (
     Chain,
     DynamicTree,
     Eagle,
+    ExactMatch,
     IndependentSequences,
     MedusaHeads,
     OptTree,
@@ -23,7 +24,7 @@ from hf_argen import (
 )
 from hf_argen.generation.sampling import TorchRandomness, randomness
 
-from ...helpers.goldens import assert_close, golden
+from ...helpers.goldens import assert_close, golden, states_equal
 from ...helpers.language_models import language_model, prompts
 
 EAGLES = ["eagle1_static_a", "eagle2_a", "eagle3_a"]
@@ -206,18 +207,65 @@ def test_eagle_samples_as_recorded(name):
         assert lengths[:-1] == [length + 1 for length in recorded][: len(lengths) - 1]
 
 
-def test_opt_tree_with_eagle():
-    case = golden("opt_tree", "eagle_a")
+class ReplayedTrials(TorchRandomness):
+    """Torch draws as it did for the authors, from the same seed; whether a draft stays, Python drew."""
+
+    def __init__(self, uniforms):
+        self.uniforms = iter(uniforms.tolist())
+
+    def bernoulli(self, probs, generator):
+        return torch.tensor([next(self.uniforms) <= probs.item()])
+
+
+def test_drafts_drawn_without_replacement_as_recorded():
+    """EAGLE's first version draws the children of every node, and compares with what they were drawn from."""
+    case = golden("eagle", "eagle1_static_a")
     target, network = load(case, "target"), load(case, "draft")
-    run = case.case["runs"]["greedy"]
-    prompt = case.tensors["prompt_ids"]
-    recorded = case.tensors["greedy/accept_length"].tolist()
-    tokens, lengths = generate(
-        target, SpeculativeDecoding(network, OptTree(**run["tree"])), prompt, len(recorded)
+    tensors, prompt, setting = case.tensors, case.tensors["prompt_ids"], case.case["sampling"][0]
+    recorded = tensors["sample0/accept_length"].tolist()
+    new = tensors["sample0/output_ids"][0, prompt.shape[1] :].tolist()
+    assert setting["temperature"] == 1.0  # with another one the authors forget it where nothing was rejected
+    with randomness(ReplayedTrials(tensors["sample0/python_random"])):
+        torch.manual_seed(setting["seed"])
+        output = hf_argen.generate(
+            target,
+            SpeculativeDecoding(network, shape_of(case)),
+            input_ids=prompt,
+            max_new_tokens=150,
+            stopping_criteria=StoppingCriteriaList([At(prompt.shape[1] + len(new))]),
+            do_sample=True,
+            top_k=0,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+    assert output.sequences[0, prompt.shape[1] :].tolist() == new
+    lengths = output.accept_lengths[0].tolist()
+    assert lengths[:-1] == [length + 1 for length in recorded][: len(lengths) - 1]
+
+
+@pytest.mark.parametrize("name", ["classic_a", "eagle_a"])
+def test_opt_tree_generates_as_recorded(name):
+    """Greedy and, from the same seed, sampled: the same tokens, and every step accepts as many."""
+    case = golden("opt_tree", name)
+    target = load(case, "target")
+    network = (
+        load(case, "draft")
+        if name == "eagle_a"
+        else AutoModelForCausalLM.from_pretrained(case.path / "draft")
     )
-    new = case.tensors["greedy/output_ids"][0, prompt.shape[1] :].tolist()
-    assert tokens[: len(new)] == new
-    assert sum(lengths) >= sum(length + 1 for length in recorded) - 2
+    prompt = case.tensors["prompt_ids"]
+    for run, spec in case.case["runs"].items():
+        recorded = case.tensors[f"{run}/accept_length"].tolist()
+        new = case.tensors[f"{run}/output_ids"][0, prompt.shape[1] :].tolist()
+        options = {}
+        if spec["temperature"]:
+            options = {"do_sample": True, "temperature": spec["temperature"], "top_k": spec.get("top_k", 0)}
+        torch.manual_seed(spec.get("seed", 0))
+        decoding = SpeculativeDecoding(network, OptTree(**spec["tree"]), ExactMatch())
+        tokens, lengths = generate(target, decoding, prompt, len(recorded), **options)
+        assert tokens[: len(new)] == new, run
+        assert lengths == [length + 1 for length in recorded], run
 
 
 # In the engine
@@ -253,6 +301,8 @@ def test_greedy_tokens(drafters, name):
         for tree in SHAPES:
             decoding = SpeculativeDecoding(networks[name], tree)
             assert torch.equal(hf_argen.generate(target, decoding, **inputs), expected)
+    static = hf_argen.generate(target, decoding, **inputs, cache_implementation="static")
+    assert torch.equal(static, expected)
 
 
 @pytest.mark.parametrize("name", ["medusa", "eagle", "eagle3"])
@@ -415,3 +465,24 @@ def test_eagle_flags(tmp_path):
     whole = network({"draft_vocab_size": 160}, **{"lm_head.weight": torch.randn(160, 48)})
     assert whole.draft_ids is None
     assert load_file(folder / "model.safetensors")
+
+
+# The Hub
+
+
+@pytest.mark.parametrize("name", ["eagle3_a", "medusa2_a"])
+def test_from_the_hub(hub, name):
+    """What the authors released is fetched file by file; ours is pushed and comes back."""
+    family, role = ("eagle", "draft") if name == "eagle3_a" else ("medusa", "model")
+    case = golden(family, name)
+    files = {path.name: path.read_bytes() for path in (case.path / role).iterdir()}
+    hub.add("authors/released", files)
+    network_class = Eagle if family == "eagle" else MedusaHeads
+    network = network_class.from_pretrained("authors/released")
+    local = network_class.from_pretrained(case.path / role)
+    assert states_equal(network, local)
+    assert network.name_or_path == "authors/released"
+    network.push_to_hub("tester/drafter")
+    assert states_equal(network_class.from_pretrained("tester/drafter"), network)
+    with pytest.raises(ValueError, match=r"'authors/none' .*cannot be"):
+        network_class.from_pretrained("authors/none")

@@ -14,6 +14,7 @@ class NodeTree:
     def __init__(self) -> None:
         self.size = 0
         self._parents: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None  # who sees whom, until nodes are added
 
     @property
     def is_chain(self) -> bool:
@@ -22,6 +23,7 @@ class NodeTree:
 
     def grow(self, n: int, parents: torch.Tensor | None, batch_size: int, device: torch.device) -> None:
         """Adds `n` nodes: `parents` (batch, n) int64 for each, or `None` to continue the last one in a chain."""
+        self._seen = None
         if parents is None and self.is_chain:
             self.size += n
             return
@@ -37,12 +39,17 @@ class NodeTree:
         if self._parents is None:
             seen = torch.ones(self.size, self.size, dtype=torch.bool, device=device).tril()
             return seen[None, -n:]
+        if self._seen is None:
+            self._seen = self._closure(device)
+        return self._seen[:, -n:]
+
+    def _closure(self, device: torch.device) -> torch.Tensor:
         # Everyone sees himself and his parent; squaring doubles the generations that are seen.
         seen = torch.nn.functional.one_hot(self._parents + 1, self.size + 1)[..., 1:].float()
         seen = seen + torch.eye(self.size, device=device)
         for _ in range((self.size - 1).bit_length()):
             seen = (seen @ seen).clamp(max=1)
-        return seen[:, -n:] > 0
+        return seen > 0
 
     def depths(self, n: int, device: torch.device) -> torch.Tensor:
         """(batch or 1, n) int64: how many nodes lie before each of the last `n` on its path."""
@@ -52,5 +59,6 @@ class NodeTree:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps, repeats or reorders rows."""
+        self._seen = None
         if self._parents is not None:
             self._parents = self._parents.index_select(0, rows)

@@ -202,6 +202,9 @@ class EaglePredictor(NextTokenPredictor):
         self.features = features
         self.calls += 1
         mask = causal_mask(length, hidden, self.model.dtype, tokens.device)
+        if self.is_static:  # attention runs over the whole memory
+            empty = self._cache.capacity - length
+            mask = nn.functional.pad(mask, (0, empty), value=torch.finfo(mask.dtype).min)
         return self._run(tokens, positions, mask)
 
     def feed(self, tokens: torch.Tensor, positions: torch.Tensor, needs_mask: bool) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from ...hub import fetch_file
@@ -38,8 +39,12 @@ class Release:
             return path if path.is_file() else None
         try:
             return Path(fetch_file(self.source, f"{self._subfolder}/{name}".lstrip("/"), **self.options))
-        except (OSError, ValueError):
+        except EntryNotFoundError:  # of the repository, or of the cache where there is no network
             return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ValueError(
+                f"{self.source!r} is no folder and cannot be fetched from the Hub ({error}); check the name."
+            ) from error
 
     def config(self) -> dict[str, Any]:
         """
