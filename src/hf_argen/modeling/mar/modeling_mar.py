@@ -254,7 +254,7 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         caption = (text, additive_mask(text_mask, dtype), past_key_values)
         hidden_states = self.embed_tokens(suited(tokens.to(dtype), self.embed_tokens))
         if start == 0:
-            first = self.start_embedding(torch.zeros_like(tokens[:, :1, 0], dtype=torch.long))
+            first = self.start_embedding(tokens.new_zeros(len(tokens), 1, dtype=torch.long))
             hidden_states = torch.cat([first, hidden_states], dim=1)
         count = hidden_states.shape[1]
         targets = torch.arange(start, start + count, device=tokens.device)
