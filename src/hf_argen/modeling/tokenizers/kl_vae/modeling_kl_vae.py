@@ -9,15 +9,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ....generation import sampling
 from ....generation.sampling import Generators
 from ...layers.convolution import ConvDecoder, ConvEncoder
+from ...layers.latent_distribution import LatentDistribution
 from ...loading import StrictPreTrainedModel
 from ..configuration_grid import GridSize, as_sides
 from ..pixel_checks import PixelChecks
 from .configuration_kl_vae import KlVaeConfig
-
-LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE = -30.0, 20.0
 
 
 @dataclass
@@ -37,29 +35,6 @@ class KlVaeOutput(ModelOutput):
     reconstruction: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class LatentDistribution:
-    """
-    What a picture is encoded to: independent normal distributions.
-
-    Attributes:
-        mean, log_variance: (batch, latent_channels, h, w), not scaled; the second is clamped.
-    """
-
-    mean: torch.Tensor
-    log_variance: torch.Tensor
-
-    def sample(self, generator: Generators = None) -> torch.Tensor:
-        """One draw, shape of `mean`."""
-        noise = sampling.normal(self.mean.shape, generator, self.mean.device)
-        return self.mean + (0.5 * self.log_variance).exp() * noise.to(self.mean.dtype)
-
-    def divergence(self) -> torch.Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, in nats, summed for each picture: (batch,)."""
-        terms = self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance
-        return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
 class KlVaeModel(PixelChecks, StrictPreTrainedModel):
@@ -126,8 +101,7 @@ class KlVaeModel(PixelChecks, StrictPreTrainedModel):
         moments = self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))).float()
         if not self.config.variational:
             return LatentDistribution(moments, torch.ones_like(moments))
-        mean, log_variance = moments.chunk(2, dim=1)
-        return LatentDistribution(mean, log_variance.clamp(LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE))
+        return LatentDistribution.from_moments(moments)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, latent_channels, h, w), not scaled, to pixels (batch, channels, H, W), not clamped."""
