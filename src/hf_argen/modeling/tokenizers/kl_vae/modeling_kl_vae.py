@@ -172,9 +172,8 @@ class KlVaeModel(PixelChecks, StrictPreTrainedModel):
         return self.decode_latents(unscaled.transpose(1, 2).unflatten(2, (height, width))).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`decode(encode(pixel_values))`: what remains of the picture, in [-1, 1]."""
-        grid = [side // self.config.downsampling_factor for side in pixel_values.shape[-2:]]
-        return self.decode(self.encode(pixel_values, grid), grid)
+        """What remains of pictures once encoded and decoded, in [-1, 1]; needs no latent scale."""
+        return self.decode_latents(self.encode_latents(pixel_values).mean).clamp(-1, 1)
 
     def forward(
         self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None
