@@ -63,7 +63,7 @@ MAR = {
     "hidden_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "intermediate_size": 640,
+    "intermediate_size": 512,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "num_buffer_tokens": 8,
@@ -71,17 +71,17 @@ MAR = {
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
-    "d_ff": 512,
+    "d_ff": 384,
     "num_layers": 1,
     "num_heads": 4,
     "dropout_rate": 0.0,
 }
 HEADS: dict[str, dict[str, Any]] = {
-    "diffusion": {"width": 256, "depth": 3, "num_sampling_steps": 50, "batch_multiplier": 4},
-    "flow": {"width": 256, "depth": 3, "num_sampling_steps": 16, "solver": "heun", "batch_multiplier": 4},
-    "shortcut": {"width": 256, "depth": 3, "num_sampling_steps": 4, "batch_multiplier": 4},
+    "diffusion": {"width": 256, "depth": 2, "num_sampling_steps": 50, "batch_multiplier": 4},
+    "flow": {"width": 256, "depth": 2, "num_sampling_steps": 16, "solver": "heun", "batch_multiplier": 4},
+    "shortcut": {"width": 256, "depth": 2, "num_sampling_steps": 4, "batch_multiplier": 4},
     "mixture": {"width": 192, "depth": 1, "num_heads": 4, "num_components": 4, "num_candidates": 100},
-    "energy": {"width": 256, "depth": 3, "batch_multiplier": 2},
+    "energy": {"width": 256, "depth": 2, "batch_multiplier": 2},
 }
 SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0}
 DECODING = {"type": "masked", "num_steps": 16}

@@ -28,6 +28,7 @@ def reference():
         ("hf_argen.modeling.tokenizers.maskgit_vq", "maskgit-vq"),
         ("hf_argen.modeling.mar", "mar"),
         ("hf_argen.modeling.tokenizers.kl_vae", "kl-vae"),
+        ("hf_argen.modeling.tokenizers.titok", "titok"),
     ],
 )
 def test_presets_are_complete(package, family):

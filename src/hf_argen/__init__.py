@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from .modeling.tokenizers.maskgit_vq.modeling_maskgit_vq import MaskGitVQModel
     from .modeling.tokenizers.multiscale_vq.configuration_multiscale_vq import MultiScaleVQConfig
     from .modeling.tokenizers.multiscale_vq.modeling_multiscale_vq import MultiScaleVQModel
+    from .modeling.tokenizers.titok.configuration_titok import TitokConfig
+    from .modeling.tokenizers.titok.modeling_titok import TitokModel
     from .modeling.var.configuration_var import VarConfig
     from .modeling.var.modeling_var import VarForImageGeneration, VarModel
     from .processors.processing_llamagen import LlamaGenProcessor
@@ -109,6 +111,8 @@ _SOURCES = {
     "RarForImageGeneration": "modeling.rar.modeling_rar",
     "RarModel": "modeling.rar.modeling_rar",
     "RarProcessor": "processors.processing_rar",
+    "TitokConfig": "modeling.tokenizers.titok.configuration_titok",
+    "TitokModel": "modeling.tokenizers.titok.modeling_titok",
     "VarConfig": "modeling.var.configuration_var",
     "VarForImageGeneration": "modeling.var.modeling_var",
     "VarModel": "modeling.var.modeling_var",
@@ -172,6 +176,8 @@ __all__ = [
     "RarForImageGeneration",
     "RarModel",
     "RarProcessor",
+    "TitokConfig",
+    "TitokModel",
     "VarConfig",
     "VarForImageGeneration",
     "VarModel",

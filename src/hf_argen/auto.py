@@ -129,6 +129,14 @@ FAMILIES = {
             picture_processor="hf_argen.processors.processing_llamagen.LlamaGenProcessor",
         ),
         Family(
+            name="titok",
+            package="hf_argen.modeling.tokenizers.titok",
+            title="TiTok, visual tokenizers of a few tokens in one row (arXiv 2406.07550)",
+            config="configuration_titok.TitokConfig",
+            base_model="modeling_titok.TitokModel",
+            picture_processor="hf_argen.processors.processing_rar.RarProcessor",
+        ),
+        Family(
             name="mar",
             package="hf_argen.modeling.mar",
             title="MAR, masked generation of continuous tokens (arXiv 2406.11838)",

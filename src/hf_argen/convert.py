@@ -33,7 +33,7 @@ def convert_original(
               given in the other two roles take the place of what it holds;
             - `code`: `tokenizer`, `drafter` and `refiner`;
             - `llamagen`, `rar`, `mar`: `transformer` and `tokenizer`, or one of them;
-            - `multiscale_vq`, `llamagen_vq`, `maskgit_vq`, `kl_vae`: `tokenizer`.
+            - `multiscale_vq`, `llamagen_vq`, `maskgit_vq`, `kl_vae`, `titok`: `tokenizer`.
         original_config: role -> the authors' constructor arguments in their own names (for `trainer`, those
             of `transformer` and `tokenizer`). All that the weights' shapes tell is inferred, so it may be
             partial or absent, and what is given must agree with the weights. The rest takes the authors'

@@ -61,7 +61,7 @@ class Runs:
 
 
 def some_matrix(weights: dict[str, torch.Tensor]) -> str:
-    return next(key for key, tensor in weights.items() if tensor.ndim == 2 and tensor.is_floating_point())
+    return next(key for key, tensor in weights.items() if tensor.ndim >= 2 and tensor.is_floating_point())
 
 
 def header_of(path: Path) -> tuple[dict, bytes]:

@@ -17,6 +17,7 @@ from hf_argen import (
     MultiScaleVQConfig,
     RarConfig,
     RarForImageGeneration,
+    TitokConfig,
     VarConfig,
     VarForImageGeneration,
 )
@@ -211,6 +212,23 @@ SMALL_DIFFUSION = {
     "num_sampling_steps": 5,
     "batch_multiplier": 2,
 }
+
+
+def titok_config(**changes) -> TitokConfig:
+    """Five tokens of pictures of 8x8 pixels, drawn by another tokenizer."""
+    fields = {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_latent_tokens": 5,
+        "latent_channels": 4,
+        "codebook_size": 16,
+        "pixel_decoder_config": maskgit_vq_config(),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    return TitokConfig(**{**fields, **changes})
 
 
 _SMALL = {"width": 16, "depth": 1}

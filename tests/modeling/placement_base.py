@@ -119,7 +119,7 @@ class PlacementTests:
         self.check_kept(quantized, name)
         batch, before = self.make_batch("ids"), clones(quantized)
         logits, ids = self.prediction(quantized(**batch)), self.greedy(quantized)
-        assert ids.shape == (2, self.num_tokens)
+        assert ids.shape[:2] == (2, self.num_tokens)
 
         quantized.save_pretrained(tmp_path / "small")
         loaded = self.model_class.from_pretrained(tmp_path / "small")

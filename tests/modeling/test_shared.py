@@ -22,6 +22,8 @@ from hf_argen import (
     RarConfig,
     RarForImageGeneration,
     RelaxedAcceptance,
+    TitokConfig,
+    TitokModel,
     VarConfig,
     VarForImageGeneration,
 )
@@ -33,8 +35,10 @@ from ..helpers.tiny import (
     mar_config,
     maskgit_vq_config,
     rar_config,
+    spread,
     text_encoder_config,
     text_var_config,
+    titok_config,
     tokenizer_config,
     var_config,
 )
@@ -305,6 +309,40 @@ class TestKlVaeWithoutVariance(TestKlVae):
             "decoder_attention_levels": [1, 2],
         }
         return kl_vae_config(**{**fields, **changes})
+
+
+class TestTitok(TokenizerTests):
+    model_class = TitokModel
+    picture = (3, 8, 8)
+    num_tokens = 5
+    codebook_size = 16
+    quantizer = "quantizer"
+
+    def make_config(self, **changes) -> TitokConfig:
+        return titok_config(**changes)
+
+    def make_model(self, **changes):
+        return spread(super().make_model(**changes), std=0.3)
+
+
+class TestTitokOfPixels(TestTitok):
+    """Latents; the decoder, unlike the encoder, predicts grey pixels."""
+
+    picture = (1, 8, 8)
+    codebook_size = None
+    quantizer = "quant_conv"
+
+    def make_config(self, **changes):
+        fields = {
+            "quantization": "vae",
+            "legacy": False,
+            "pixel_decoder_config": None,
+            "in_channels": 1,
+            "decoder_patch_size": 4,
+            "decoder_hidden_size": 24,
+            "decoder_num_attention_heads": 3,
+        }
+        return super().make_config(**{**fields, **changes})
 
 
 class TestMar(ContinuousFamilyTests):

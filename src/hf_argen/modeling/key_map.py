@@ -87,6 +87,30 @@ class Reshape(Rule):
         return tensors[0].reshape(self.theirs)
 
 
+class Unbatched(Rule):
+    """A table (rows, dim) that the authors hold as a batch of one, (1, rows, dim)."""
+
+    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        if tensor.ndim != 3 or len(tensor) != 1:
+            raise ValueError("it must be (1, rows, dim)")
+        return (tensor[0],)
+
+    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return tensors[0][None]
+
+
+class Transposed(Rule):
+    """A matrix with rows and columns exchanged."""
+
+    def forward(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        if tensor.ndim != 2:
+            raise ValueError("it must be a matrix")
+        return (tensor.t(),)
+
+    def backward(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].t()
+
+
 class Rows(Rule):
     """
     A table of which our models have only some rows, each range of them as a table of its own. The other rows are never

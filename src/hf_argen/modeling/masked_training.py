@@ -17,7 +17,7 @@ class MaskedTrainingMixin:
 
     config: Any
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def draw_mask(self, batch_size: int, device: torch.device) -> torch.Tensor:
         """
         The hidden tokens of each row, (batch_size, tokens) bool, as many in every row: drawn as by the authors, from

@@ -79,9 +79,10 @@ class TokenConditionModules(VectorConditionModules):
             tokens = layer(tokens, mask)
         return self.text_norm(tokens), seen
 
-    def null_text_tokens(self, batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `text_tokens`, of the null text, padded to `length`."""
-        device = self.null_text_embedding.weight.device
+    def null_text_tokens(
+        self, batch_size: int, length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `text_tokens`, of the null text, padded to `length`; `device` is that of inputs."""
         drop = torch.ones(batch_size, dtype=torch.bool, device=device)
         return self.text_tokens(
             torch.zeros(batch_size, length, self.config.text_embed_dim, device=device), drop=drop

@@ -224,7 +224,9 @@ class MixtureHead(ContinuousHead):
         """
         batch, n = len(hidden) // (1 if guidance is None else 2), hidden.shape[1]
         rows = suited(hidden.flatten(0, 1), self.condition_proj).unsqueeze(1)
-        states, past, drawn = self.condition_proj(rows), [[] for _ in self.layers], []
+        states = self.condition_proj(rows)
+        past: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        drawn: list[torch.Tensor] = []
         for group in range(self.num_groups):
             place = torch.full((1,), group, device=hidden.device)
             states = states + self.position_embedding(place)

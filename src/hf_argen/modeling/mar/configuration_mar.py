@@ -141,7 +141,7 @@ class MarConfig(PreTrainedConfig):
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers splits the modules of [`MarModel`] over devices; attention is split by heads."""
-        plan = {}
+        plan: dict[str, str] = {}
         for layers in ("encoder_layers.*", "decoder_layers.*"):
             for attention in ("self_attn", "cross_attn")[: 1 + (self.conditioning == "cross_attention")]:
                 plan |= {f"{layers}.{attention}.{name}_proj": "colwise" for name in "qkv"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoints import ConversionError
 from ..conversion import ConversionPlan, Converter, OriginalArguments, shape_of
-from ..key_map import KeyMap, Rename, Rule, Split, StateDict, count
+from ..key_map import KeyMap, Rename, Rule, Split, StateDict, Unbatched, count
 from ..tokenizers.kl_vae.configuration_kl_vae import KlVaeConfig
 from ..tokenizers.kl_vae.convert_kl_vae import NESTINGS, TOKENIZER, tokenizer_config
 from ..tokenizers.kl_vae.convert_kl_vae import plan as plan_tokenizer
@@ -32,33 +32,21 @@ def _layers(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-class _Table(Rule):
-    """A table of vectors that the authors hold as a batch of one, (1, rows, dim)."""
-
-    def forward(self, tensor: Any) -> tuple[Any]:
-        if tensor.ndim != 3 or len(tensor) != 1:
-            raise ValueError("it must be (1, rows, width)")
-        return (tensor[0],)
-
-    def backward(self, tensors: Any) -> Any:
-        return tensors[0][None]
-
-
 TRANSFORMER = KeyMap(
     [
         Rename("class_emb.weight", "model.class_embedding.weight"),
         Rename("fake_latent", "model.null_embedding.weight"),
         Rename("z_proj.{leaf}", "model.embed_tokens.{leaf}"),
         Rename("z_proj_ln.{leaf}", "model.embed_norm.{leaf}"),
-        _Table("encoder_pos_embed_learned", "model.encoder_position_embedding.weight"),
+        Unbatched("encoder_pos_embed_learned", "model.encoder_position_embedding.weight"),
         *_layers("encoder_blocks", "encoder_layers"),
         Rename("encoder_norm.{leaf}", "model.encoder_norm.{leaf}"),
         Rename("decoder_embed.{leaf}", "model.decoder_proj.{leaf}"),
-        _Table("mask_token", "model.mask_embedding.weight"),
-        _Table("decoder_pos_embed_learned", "model.decoder_position_embedding.weight"),
+        Unbatched("mask_token", "model.mask_embedding.weight"),
+        Unbatched("decoder_pos_embed_learned", "model.decoder_position_embedding.weight"),
         *_layers("decoder_blocks", "decoder_layers"),
         Rename("decoder_norm.{leaf}", "model.decoder_norm.{leaf}"),
-        _Table("diffusion_pos_embed_learned", "model.output_position_embedding.weight"),
+        Unbatched("diffusion_pos_embed_learned", "model.output_position_embedding.weight"),
         Rename(f"{NET}.time_embed.mlp.0.{{leaf}}", f"{OUR_NET}.time_embeddings.0.fc1.{{leaf}}"),
         Rename(f"{NET}.time_embed.mlp.2.{{leaf}}", f"{OUR_NET}.time_embeddings.0.fc2.{{leaf}}"),
         Rename(f"{NET}.cond_embed.{{leaf}}", f"{OUR_NET}.condition_proj.{{leaf}}"),

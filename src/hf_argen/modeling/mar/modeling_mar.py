@@ -148,9 +148,9 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         """A condition (batch, hidden_size) repeated in the buffer, (batch, num_buffer_tokens, hidden_size)."""
         return condition.unsqueeze(1).expand(-1, self.config.num_buffer_tokens, -1)
 
-    def empty_prefix(self, batch_size: int) -> torch.Tensor:
+    def empty_prefix(self, batch_size: int, device: torch.device) -> torch.Tensor:
         """A buffer that says nothing, for models that attend to captions."""
-        rows = torch.zeros(batch_size, dtype=torch.long, device=self.buffer_embedding.weight.device)
+        rows = torch.zeros(batch_size, dtype=torch.long, device=device)
         return self.vector_prefix(self.buffer_embedding(rows))
 
     def forward(
@@ -254,7 +254,7 @@ class MarModel(TokenConditionModules, MarPreTrainedModel):
         caption = (text, additive_mask(text_mask, dtype), past_key_values)
         hidden_states = self.embed_tokens(suited(tokens.to(dtype), self.embed_tokens))
         if start == 0:
-            first = self.start_embedding(torch.zeros_like(tokens[:, :1, 0], dtype=torch.long))
+            first = self.start_embedding(tokens.new_zeros(len(tokens), 1, dtype=torch.long))
             hidden_states = torch.cat([first, hidden_states], dim=1)
         count = hidden_states.shape[1]
         targets = torch.arange(start, start + count, device=tokens.device)
@@ -361,7 +361,7 @@ class MarForImageGeneration(
         if self.config.conditioning == "vector":
             return {"prefix": self.model.vector_prefix(self.condition(**inputs, drop=drop))}
         if (count := inputs.pop("batch_size", None)) is not None:
-            return self._with_text(*self.model.null_text_tokens(count, 1))
+            return self._with_text(*self.model.null_text_tokens(count, 1, self.input_device))
         if inputs.pop("class_labels", None) is not None:
             raise ValueError(
                 "This model draws from text; give prompt_ids or prompt_embeds, not class_labels."
@@ -374,11 +374,15 @@ class MarForImageGeneration(
         if self.config.conditioning == "vector":
             return {"prefix": self.model.vector_prefix(self.null_condition(count))}
         tokens = conditions["text" if self.config.conditioning == "cross_attention" else "prefix"]
-        return self._with_text(*self.model.null_text_tokens(count, tokens.shape[1]))
+        return self._with_text(*self.model.null_text_tokens(count, tokens.shape[1], tokens.device))
 
     def _with_text(self, text: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.config.conditioning == "cross_attention":
-            return {"prefix": self.model.empty_prefix(len(text)), "text": text, "text_mask": seen}
+            return {
+                "prefix": self.model.empty_prefix(len(text), text.device),
+                "text": text,
+                "text_mask": seen,
+            }
         most = self.config.num_buffer_tokens
         if text.shape[1] > most:
             raise ValueError(f"A prompt has {text.shape[1]} tokens; this model reads {most} at most.")

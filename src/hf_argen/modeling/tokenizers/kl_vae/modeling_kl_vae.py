@@ -9,15 +9,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ....generation import sampling
 from ....generation.sampling import Generators
 from ...layers.convolution import ConvDecoder, ConvEncoder
+from ...layers.latent_distribution import LatentDistribution
 from ...loading import StrictPreTrainedModel
 from ..configuration_grid import GridSize, as_sides
 from ..pixel_checks import PixelChecks
 from .configuration_kl_vae import KlVaeConfig
-
-LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE = -30.0, 20.0
 
 
 @dataclass
@@ -37,29 +35,6 @@ class KlVaeOutput(ModelOutput):
     reconstruction: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class LatentDistribution:
-    """
-    What a picture is encoded to: independent normal distributions.
-
-    Attributes:
-        mean, log_variance: (batch, latent_channels, h, w), not scaled; the second is clamped.
-    """
-
-    mean: torch.Tensor
-    log_variance: torch.Tensor
-
-    def sample(self, generator: Generators = None) -> torch.Tensor:
-        """One draw, shape of `mean`."""
-        noise = sampling.normal(self.mean.shape, generator, self.mean.device)
-        return self.mean + (0.5 * self.log_variance).exp() * noise.to(self.mean.dtype)
-
-    def divergence(self) -> torch.Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, in nats, summed for each picture: (batch,)."""
-        terms = self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance
-        return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
 class KlVaeModel(PixelChecks, StrictPreTrainedModel):
@@ -126,8 +101,7 @@ class KlVaeModel(PixelChecks, StrictPreTrainedModel):
         moments = self.quant_conv(self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))).float()
         if not self.config.variational:
             return LatentDistribution(moments, torch.ones_like(moments))
-        mean, log_variance = moments.chunk(2, dim=1)
-        return LatentDistribution(mean, log_variance.clamp(LOWEST_LOG_VARIANCE, HIGHEST_LOG_VARIANCE))
+        return LatentDistribution.from_moments(moments)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, latent_channels, h, w), not scaled, to pixels (batch, channels, H, W), not clamped."""
@@ -198,9 +172,8 @@ class KlVaeModel(PixelChecks, StrictPreTrainedModel):
         return self.decode_latents(unscaled.transpose(1, 2).unflatten(2, (height, width))).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`decode(encode(pixel_values))`: what remains of the picture, in [-1, 1]."""
-        grid = [side // self.config.downsampling_factor for side in pixel_values.shape[-2:]]
-        return self.decode(self.encode(pixel_values, grid), grid)
+        """What remains of pictures once encoded and decoded, in [-1, 1]; needs no latent scale."""
+        return self.decode_latents(self.encode_latents(pixel_values).mean).clamp(-1, 1)
 
     def forward(
         self, pixel_values: torch.Tensor, return_loss: bool = True, return_dict: bool | None = None

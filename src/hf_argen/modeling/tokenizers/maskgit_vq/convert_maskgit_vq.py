@@ -20,12 +20,12 @@ def _resnet(theirs: str, ours: str) -> list[Rule]:
     return [Rename(f"{theirs}.{part}.{{leaf}}", f"{ours}.{own}.{{leaf}}") for part, own in parts.items()]
 
 
-def _part(name: str, levels: str, own_levels: str) -> list[Rule]:
+def part(name: str, levels: str, own_levels: str) -> list[Rule]:
     """Encoder or decoder."""
     return [
         *(
-            Rename(f"{name}.{part}.{{leaf}}", f"{name}.{part}.{{leaf}}")
-            for part in ("conv_in", "norm_out", "conv_out")
+            Rename(f"{name}.{one}.{{leaf}}", f"{name}.{one}.{{leaf}}")
+            for one in ("conv_in", "norm_out", "conv_out")
         ),
         *_resnet(f"{name}.mid.{{j}}", f"{name}.mid_block.resnets.{{j}}"),
         *_resnet(f"{name}.{levels}.{{i}}.block.{{j}}", f"{name}.{own_levels}.{{i}}.resnets.{{j}}"),
@@ -34,8 +34,8 @@ def _part(name: str, levels: str, own_levels: str) -> list[Rule]:
 
 TOKENIZER = KeyMap(
     [
-        *_part("encoder", "down", "down_blocks"),
-        *_part("decoder", "up", "up_blocks"),
+        *part("encoder", "down", "down_blocks"),
+        *part("decoder", "up", "up_blocks"),
         Rename("decoder.up.{i}.upsample_conv.{leaf}", "decoder.up_blocks.{i}.upsample.{leaf}"),
         Rename("quantize.embedding.weight", "quantizer.embedding.weight"),
     ]
