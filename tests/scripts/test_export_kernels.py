@@ -1,6 +1,7 @@
 """Kernels as repositories of the `kernels` library."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def repositories(load_script, tmp_path_factory):
     return out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_round_trip(repositories, operation):
     """Loaded by the library, both implementations give what ours give, as operations of another name."""
