@@ -8,7 +8,7 @@ from ..library import on_its_device
 from ..variants import OPTIONS, Variant, stages
 
 # Of one step; products in float32, which leave few registers.
-VECTORS, CODES, CHANNELS, NUM_WARPS = 32, 64, 16, 8
+VECTORS, CODES, CHANNELS, NUM_WARPS = 32, 32, 16, 4
 FEWEST_PROGRAMS = 128  # below that the codes are split among programs
 ROWS = 32  # of sign codes, for one program
 
