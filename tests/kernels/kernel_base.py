@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils import deterministic
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from hf_argen.kernels import use
@@ -14,19 +14,36 @@ from hf_argen.kernels import use
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
+GUARD = 64  # elements around new memory that nobody may write to
+MARK = 77
+
+
 @contextmanager
-def nan_in_new_memory() -> Iterator[None]:
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+def guarded_memory() -> Iterator[None]:
+    """What operations allocate is full of NaN, or of the number 77, and lies between marks, which have to be there at the end."""
+    allocated: list[tuple[torch.Tensor, int]] = []
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *size: Any, **keywords: Any) -> torch.Tensor:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        if isinstance(self, FakeTensor):
+            return plain(self, shape, **keywords)
+        whole = plain(self, shape.numel() + 2 * GUARD, **keywords).fill_(MARK)
+        inner = whole[GUARD : GUARD + shape.numel()]
+        if inner.is_floating_point():
+            inner.fill_(torch.nan)
+        allocated.append((whole, shape.numel()))
+        return inner.view(shape)
+
+    torch.Tensor.new_empty = new_empty
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.Tensor.new_empty = plain
+    for whole, size in allocated:
+        assert (whole[:GUARD] == MARK).all() and (whole[GUARD + size :] == MARK).all(), (
+            "written beyond the end"
+        )
 
 
 def assert_agree(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
@@ -107,7 +124,7 @@ class KernelTests:
         with use("reference"):
             expected = self.outputs(there())
         inputs = there()
-        with use("triton"), nan_in_new_memory():
+        with use("triton"), guarded_memory():
             found = self.outputs(inputs)
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
@@ -124,7 +141,7 @@ class KernelTests:
                 for name in self.differentiable
                 if inputs.get(name) is not None
             }
-            with use(mode), nan_in_new_memory():
+            with use(mode), guarded_memory():
                 outputs = [
                     one for one in self.outputs({**inputs, **leaves}) if one is not None and one.requires_grad
                 ]

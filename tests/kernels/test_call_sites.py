@@ -12,7 +12,7 @@ from hf_argen.kernels import mode, use
 
 from ..helpers.enumerator import Enumerator
 from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_var
-from .kernel_base import Recorder
+from .kernel_base import Recorder, guarded_memory
 
 MODELS = {"var": tiny_var, **{name: make for name, (make, _) in NEXT_TOKEN_FAMILIES.items()}}
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
@@ -29,7 +29,7 @@ def test_pictures(family):
         return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **SAMPLING)
 
     expected = draw()
-    with use("triton"), Recorder() as recorder:
+    with use("triton"), guarded_memory(), Recorder() as recorder:
         assert torch.equal(draw(), expected)
     used = Counter(str(operation).split(".")[1] for operation, _, _ in recorder.calls)
     expected_names = {"adaln", "qk_norm_rope_cached"}
@@ -64,7 +64,7 @@ def test_encoding(family):
     tokenizer = MODELS[family]().image_tokenizer
     pixels = torch.rand(2, 3, *((16, 16) if family == "var" else (8, 8))) * 2 - 1
     expected = tokenizer.encode(pixels)
-    with use("triton"), Recorder() as recorder:
+    with use("triton"), guarded_memory(), Recorder() as recorder:
         assert torch.equal(tokenizer.encode(pixels), expected)
     assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"nearest_codes"}
 

@@ -1,6 +1,7 @@
 """Kernels as repositories of the `kernels` library."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hf_argen.kernels import OPERATIONS, use
 from ..kernels.kernel_base import KernelTests, assert_agree
 
 
-def tests_of(operation: str) -> KernelTests:
+def made_for(operation: str) -> KernelTests:
     """The tests of the operation, which know how to call it."""
     module = importlib.import_module(f"tests.kernels.test_{operation}")
     return next(
@@ -27,12 +28,13 @@ def repositories(load_script, tmp_path_factory):
     return out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_round_trip(repositories, operation):
     """Loaded by the library, both implementations give what ours give, as operations of another name."""
     before = set(dir(torch.ops))
     loaded = get_local_kernel(repositories / operation)
-    tests = tests_of(operation)
+    tests = made_for(operation)
     function = getattr(loaded, tests.function.__name__)
     assert function is not tests.function
     inputs = tests.inputs(next(iter(tests.cases)))

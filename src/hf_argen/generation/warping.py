@@ -60,6 +60,5 @@ def _is_plain(processor: Any) -> bool:
     """Whether it removes by -inf, has no least number of tokens that it does not remove, and keeps more than the best one."""
     if getattr(processor, "top_p", 1.0) == 0:
         return False
-    least = 1 if isinstance(processor, TopPLogitsWarper | MinPLogitsWarper) else None
     removes = getattr(processor, "filter_value", -torch.inf) == -torch.inf
-    return removes and getattr(processor, "min_tokens_to_keep", least) == least
+    return removes and getattr(processor, "min_tokens_to_keep", 1) == 1

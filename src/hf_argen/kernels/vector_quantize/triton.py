@@ -7,11 +7,8 @@ import triton.language as tl
 from ..library import on_its_device
 from ..variants import OPTIONS, Variant, stages
 
-VECTORS, CODES, CHANNELS = (
-    32,
-    64,
-    32,
-)  # of one step; float32 products, which the shared memory of all chips holds
+# Of one step; products in float32, which leave few registers.
+VECTORS, CODES, CHANNELS, NUM_WARPS = 32, 32, 16, 4
 FEWEST_PROGRAMS = 128  # below that the codes are split among programs
 ROWS = 32  # of sign codes, for one program
 
@@ -128,7 +125,7 @@ def nearest(
         vectors, codes, distances, ids, count, len(codes), channels, of_program,
         height, width, rows, columns, *strides, codes.stride(0),
         COSINE=metric == "cosine", POOLED=size is not None, WINDOW=window,
-        VECTORS=VECTORS, CODES=CODES, CHANNELS=CHANNELS, num_warps=4, num_stages=stages(2), **OPTIONS,
+        VECTORS=VECTORS, CODES=CODES, CHANNELS=CHANNELS, num_warps=NUM_WARPS, num_stages=stages(2), **OPTIONS,
     )  # fmt: skip
     if parts == 1:
         return ids[:, 0]
@@ -183,7 +180,7 @@ def variants() -> list[Variant]:
     }
     return [
         *(
-            Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=4, num_stages=2)
+            Variant(label, nearest_kernel, types, {**form, **tiles}, num_warps=NUM_WARPS, num_stages=2)
             for label, form in forms.items()
         ),
         Variant("signs of 18 bits", sign_kernel, signs, {"ROWS": ROWS, "BITS": 32}, num_warps=4),
