@@ -4,7 +4,6 @@ checkpoints by the clock, exact resume, sheets of what is drawn so far, and the 
 """
 
 import argparse
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -76,28 +75,17 @@ class Corruption:
         most: largest share of random tokens of a picture in the beginning, drawn for each anew.
         until: part of the training after which that share has gone down to none.
         blind: probability that a picture is nothing but random tokens, so that only the caption tells what it is.
-        blind_first: part of the training in which all pictures are, and the part after which the probability has gone down
-            to `blind`.
     """
 
-    most: float = 0.0
-    until: float = 0.0
+    most: float
+    until: float
     blind: float = 0.0
-    blind_first: tuple[float, float] = (0.0, 0.0)
 
     def __call__(self, ids: torch.Tensor, vocab_size: int, progress: float) -> torch.Tensor:
         """Ids (batch, tokens) as they are read after `progress`, in [0, 1], of the training."""
-        share = self.most * falling(progress, 0.0, self.until) * torch.rand(len(ids), 1)
-        blind = max(self.blind, falling(progress, *self.blind_first))
-        share = torch.where(torch.rand(len(ids), 1) < blind, 1.0, share)
+        share = self.most * max(0.0, 1 - progress / self.until) * torch.rand(len(ids), 1)
+        share = torch.where(torch.rand(len(ids), 1) < self.blind, 1.0, share)
         return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
-
-
-def falling(progress: float, start: float, stop: float) -> float:
-    """1 up to `start`, 0 from `stop` on, a straight line between them."""
-    if progress >= stop:
-        return 0.0
-    return 1.0 if progress <= start or stop == math.inf else (stop - progress) / (stop - start)
 
 
 class Pictures(Dataset):

@@ -93,10 +93,7 @@ RAR = {
 ANNEALING = (0.125, 0.25)  # of the training; the paper's half and three quarters suit a longer one
 # Of the tokens that a model reads in training: first so that it learns to read the caption, then so that it finds its way
 # back from tokens that it would not have drawn.
-CORRUPTION = {
-    "llamagen": Corruption(blind_first=(0.15, 0.6)),  # sees the condition through attention alone
-    "rar": Corruption(most=0.6, until=0.4, blind=0.125),
-}
+CORRUPTION = Corruption(most=0.6, until=0.4, blind=0.125)
 REFINEMENT = Corruption(most=0.5, until=math.inf)
 TEXT_ENCODER = {
     "d_model": 128,
@@ -112,7 +109,7 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
@@ -215,8 +212,10 @@ def train(
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
-    train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION.get(family))
-    if family in CORRUPTION:
+    if family.endswith("drafter"):  # reads what the model draws that it drafts for
+        train_generator(model, processor, emoji, stage, options, folder, callbacks)
+    else:
+        train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION)
         folder = options.output / f"refining-{family}"
         train_generator(model, processor, emoji, refining_stage, options, folder, corruption=REFINEMENT)
     return model, processor
