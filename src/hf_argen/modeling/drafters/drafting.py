@@ -114,7 +114,8 @@ class MedusaDrafting(Drafting):
 
     def root(self) -> torch.Tensor:
         self._level = 0
-        self._logits = self.heads(self._features[:, None]).logits[:, :, 0].float()
+        features = self._features[:, None].to(self.heads.dtype)
+        self._logits = self.heads(features).logits[:, :, 0].float()
         return self._logits[0]
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
@@ -184,6 +185,7 @@ class EaglePredictor(NextTokenPredictor):
         super().__init__(network, Guidance(0.0))
         self.embed: nn.Module = network.embed_tokens or target.get_input_embeddings()
         self.head: nn.Module = target.get_output_embeddings()
+        self.head_dtype = target.dtype
         self.vocab_size = network.config.vocab_size
         self.features: torch.Tensor | None = (
             None  # those to feed, and then those that came out, (batch, n, size)
@@ -225,7 +227,7 @@ class EaglePredictor(NextTokenPredictor):
         )
         self.features = output.last_hidden_state
         if output.logits is None:
-            return self.head(self.features.to(self.head.weight.dtype)).float()
+            return self.head(self.features.to(self.head_dtype)).float()
         if (ids := self.model.draft_ids) is None:
             return output.logits.float()
         whole = output.logits.new_full((*tokens.shape, self.vocab_size), -torch.inf, dtype=torch.float32)
