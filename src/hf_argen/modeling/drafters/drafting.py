@@ -1,10 +1,12 @@
 """Drafters of speculative decoding that drive a network on the hidden states of the language model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ...generation import _compat
 from ...generation.decoding import Request
@@ -20,6 +22,8 @@ from ..layers.attention import causal_mask
 from .modeling_drafter import DrafterPreTrainedModel
 from .modeling_eagle import Eagle
 from .modeling_medusa import MedusaHeads
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -65,6 +69,13 @@ class NetworkDrafter(Drafter):
                     f"The {self.network_class.__name__} was made for {what} {ours}, but {type(model).__name__} has "
                     f"{theirs}: it belongs to another base model."
                 )
+
+        trained_for = getattr(own, "base_model_name_or_path", None)
+        if trained_for and model.name_or_path and Path(trained_for).name != Path(model.name_or_path).name:
+            logger.warning_once(
+                f"The {self.network_class.__name__} was trained for {trained_for!r}; with {model.name_or_path!r} few drafts "
+                "may be accepted."
+            )
 
     def check(self, model: Any, tree: Tree) -> None:
         self.load(model)
