@@ -47,7 +47,7 @@ HELD_OUT = 20  # one module of so many
 LEFT_OUT = {"site-packages", "__pycache__", "ensurepip", "test", "tests", "idle_test", "lib2to3"}
 SUFFIXES = {".py", ".txt", ".rst", ".html"}
 PROMPT_LINES = 12
-LONGEST_FILE = 400_000  # characters; beyond that it is a table
+LONGEST_FILE = 1_000_000  # characters; beyond that it is a table
 
 
 def library_files(root: Path | None = None) -> Iterator[tuple[str, Path]]:

@@ -12,6 +12,7 @@ from hf_argen import (
     StaticTree,
     TypicalAcceptance,
 )
+from hf_argen.generation.decoding import Guarantee
 from hf_argen.generation.decoding.speculative.acceptance import AcceptanceRule
 from hf_argen.generation.decoding.speculative.draft_tree import DraftContext, DraftTree
 from hf_argen.generation.decoding.speculative.spectr import division_factor, kept_share, left_over
@@ -102,6 +103,14 @@ def test_typical_acceptance_keeps_no_unlikely_draft():
                 assert logits[row, i].softmax(-1)[tokens[row, i]] > threshold
         kept.append(sum(verdict.count))
     assert kept[0] == 200 * 4 > kept[1] > kept[2] > kept[3] == 200
+
+
+def test_a_relaxed_rule_makes_the_decoding_relaxed():
+    relaxed = SpeculativeDecoding(acceptance=TypicalAcceptance())
+    assert (relaxed.guarantee, relaxed.knob) == (Guarantee.RELAXED, "acceptance")
+    exact = SpeculativeDecoding(acceptance=ExactMatch())
+    assert (exact.guarantee, exact.knob) == (Guarantee.EXACT_IN_DISTRIBUTION, None)
+    assert relaxed != exact and relaxed == SpeculativeDecoding(acceptance="typical_acceptance")
 
 
 def test_bad_rules():

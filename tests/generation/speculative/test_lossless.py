@@ -34,7 +34,6 @@ TREES = {
     "dynamic": DynamicTree(total_token=6, depth=1, top_k=2),
     "opt": OptTree(nodes=3, threshold=0.05, max_depth=4),
 }
-SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 40}
 
 
 def plain(model, prompt, tokens, processors=()):
@@ -158,7 +157,7 @@ def many_prompts(count=20, length=7):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def small(kind, **changes):
+def small(kind):
     return language_model(
         kind, **({"n_layer": 1} if kind == "gpt2" else {"num_hidden_layers": 1, "layer_types": None})
     )

@@ -23,6 +23,7 @@ from hf_argen import (
     TypicalAcceptance,
 )
 from hf_argen.generation.sampling import TorchRandomness, randomness
+from hf_argen.modeling.drafters import drafting
 
 from ...helpers.goldens import assert_close, golden, states_equal
 from ...helpers.language_models import language_model, prompts
@@ -383,6 +384,23 @@ def test_drafters_of_another_model(drafters):
             hf_argen.generate(model, SpeculativeDecoding(networks[name]), **prompts(), max_new_tokens=3)
     with pytest.raises(ValueError, match="no embeddings of its own; give inputs_embeds"):
         networks["eagle3"](torch.zeros(1, 2, 96), input_ids=torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_a_head_of_another_base_model_of_the_same_size(drafters, monkeypatch):
+    """Sizes cannot tell; the name that it was trained for can."""
+    target, networks = drafters
+    said = []
+    monkeypatch.setattr(drafting.logger, "warning_once", said.append)
+    config = networks["medusa"].config
+    monkeypatch.setattr(config, "base_model_name_or_path", "lmsys/vicuna-7b-v1.3")
+    for name in ("", "models/vicuna-7b-v1.3", "models/llama-2-7b"):
+        monkeypatch.setattr(target, "name_or_path", name)
+        hf_argen.generate(
+            target, SpeculativeDecoding(networks["medusa"], Chain(1)), **prompts(1), max_new_tokens=2
+        )
+    assert len(said) >= 1 and all(
+        "trained for 'lmsys/vicuna-7b-v1.3'; with 'models/llama-2-7b'" in one for one in said
+    )
 
 
 def test_damaged_releases(tmp_path):

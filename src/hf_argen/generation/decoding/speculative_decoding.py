@@ -56,6 +56,8 @@ class SpeculativeDecoding(DraftAndVerify):
         self.acceptance = None if self.acceptance is None else AcceptanceRule.resolve(self.acceptance)
         check_give_up_below(self.give_up_below)
         rule, tree = self.acceptance_part(), self.tree_part()
+        if rule.guarantee is Guarantee.RELAXED:
+            self.guarantee, self.knob = rule.guarantee, "acceptance"
         if rule.needs_independent and not tree.independent:
             raise ValueError(
                 f"{type(rule).__name__} needs drafts that are drawn independently, which those of {type(tree).__name__} "

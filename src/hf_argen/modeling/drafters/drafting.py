@@ -1,10 +1,12 @@
 """Drafters of speculative decoding that drive a network on the hidden states of the language model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ...generation import _compat
 from ...generation.decoding import Request
@@ -20,6 +22,8 @@ from ..layers.attention import causal_mask
 from .modeling_drafter import DrafterPreTrainedModel
 from .modeling_eagle import Eagle
 from .modeling_medusa import MedusaHeads
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -65,6 +69,13 @@ class NetworkDrafter(Drafter):
                     f"The {self.network_class.__name__} was made for {what} {ours}, but {type(model).__name__} has "
                     f"{theirs}: it belongs to another base model."
                 )
+
+        trained_for = getattr(own, "base_model_name_or_path", None)
+        if trained_for and model.name_or_path and Path(trained_for).name != Path(model.name_or_path).name:
+            logger.warning_once(
+                f"The {self.network_class.__name__} was trained for {trained_for!r}; with {model.name_or_path!r} few drafts "
+                "may be accepted."
+            )
 
     def check(self, model: Any, tree: Tree) -> None:
         self.load(model)
@@ -114,7 +125,8 @@ class MedusaDrafting(Drafting):
 
     def root(self) -> torch.Tensor:
         self._level = 0
-        self._logits = self.heads(self._features[:, None]).logits[:, :, 0].float()
+        features = self._features[:, None].to(self.heads.dtype)
+        self._logits = self.heads(features).logits[:, :, 0].float()
         return self._logits[0]
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
@@ -184,52 +196,76 @@ class EaglePredictor(NextTokenPredictor):
         super().__init__(network, Guidance(0.0))
         self.embed: nn.Module = network.embed_tokens or target.get_input_embeddings()
         self.head: nn.Module = target.get_output_embeddings()
+        self.head_dtype = target.dtype
         self.vocab_size = network.config.vocab_size
-        self.features: torch.Tensor | None = (
-            None  # those to feed, and then those that came out, (batch, n, size)
-        )
+        # The features to feed, and then those that came out, (batch, n, size).
+        self.features: torch.Tensor | None = None
+        self._counts: list[int] | None = None  # of which tokens alone logits are wanted, see `add`
 
     def most_tokens(self) -> int:
         return 0
 
     def read(self, features: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-        """The features of the prompt, each with the token after it; logits (batch, length, vocab_size)."""
+        """The features of the prompt, each with the token after it; logits (batch, vocab_size) after the last."""
         batch, length = tokens.shape
         self.start(batch, length, hidden, tokens.device)
         positions = torch.arange(length, device=tokens.device).expand(batch, -1)
         if hidden is not None:
             positions = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
-        self.features = features
-        self.calls += 1
         mask = causal_mask(length, hidden, self.model.dtype, tokens.device)
         if self.is_static:  # attention runs over the whole memory
             empty = self._cache.capacity - length
             mask = nn.functional.pad(mask, (0, empty), value=torch.finfo(mask.dtype).min)
-        return self._run(tokens, positions, mask)
+        self.features = self._next_features(features, tokens, positions, mask)
+        self.calls += 1
+        return self._logits(self.features[:, -1])
+
+    def add(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """
+        Makes the first `counts` of the tokens of each row part of the sequence, each with the feature before it; logits
+        (batch, vocab_size) after the last of them.
+        """
+        self.features, self._counts = features, counts
+        logits = self.predict(tokens)
+        self._counts = None
+        self.commit(count=counts)
+        return logits[:, 0]
 
     def feed(self, tokens: torch.Tensor, positions: torch.Tensor, needs_mask: bool) -> torch.Tensor:
         if self._hidden is not None:
             positions = positions - self._hidden.sum(dim=1)[:, None]
         needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
-        return self._run(
-            tokens, positions, self.mask(tokens.shape[1], self.model.dtype) if needs_mask else None
-        )
+        mask = self.mask(tokens.shape[1], self.model.dtype) if needs_mask else None
+        self.features = self._next_features(self.features, tokens, positions, mask)
+        if self._counts is not None:  # only the last of each row counts, and the head is most of the work
+            self.features = last_of_each(self.features, self._counts)[:, None]
+        return self._logits(self.features)
 
-    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        output = self.model(
-            self.features.to(self.model.dtype),
+    def _next_features(
+        self,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.model(
+            features.to(self.model.dtype),
             inputs_embeds=self.embed(tokens),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
-        )
-        self.features = output.last_hidden_state
-        if output.logits is None:
-            return self.head(self.features.to(self.head.weight.dtype)).float()
+            with_logits=False,
+        ).last_hidden_state
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., vocab_size) float32 of features (..., hidden_size)."""
+        if self.model.config.version == 1:
+            return self.head(features.to(self.head_dtype)).float()
+        logits = self.model.logits_of(features).float()
         if (ids := self.model.draft_ids) is None:
-            return output.logits.float()
-        whole = output.logits.new_full((*tokens.shape, self.vocab_size), -torch.inf, dtype=torch.float32)
-        return whole.index_copy(-1, ids, output.logits.float())
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return whole.index_copy(-1, ids, logits)
 
 
 class EagleDrafting(Drafting):
@@ -260,15 +296,12 @@ class EagleDrafting(Drafting):
         features, tokens = self._new
         if self._prompt is not None:
             self._prompt = None
-            logits = self.predictor.read(features, tokens, self._hidden)[:, -1]
-            self._nodes = self.predictor.features[:, -1:]
-            return logits
-        self.predictor.commit(count=[0] * len(tokens))
-        self.predictor.features = features
-        logits = self.predictor.predict(tokens)
-        self.predictor.commit(count=self._counts)
-        self._nodes = last_of_each(self.predictor.features, self._counts)[:, None]
-        return last_of_each(logits, self._counts)
+            logits = self.predictor.read(features, tokens, self._hidden)
+        else:
+            self.predictor.commit(count=[0] * len(tokens))
+            logits = self.predictor.add(features, tokens, self._counts)
+        self._nodes = self.predictor.features[:, -1:]
+        return logits
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
         if parents is None:

@@ -217,6 +217,7 @@ class Eagle(DrafterPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        with_logits: bool = True,
     ) -> EagleOutput:
         """
         Args:
@@ -226,6 +227,7 @@ class Eagle(DrafterPreTrainedModel):
             inputs_embeds: (batch, length, hidden_size), instead of ids where it has no embeddings of its own.
             attention_mask: additive, (batch or 1, 1, length, positions); default: causal.
             position_ids: (batch, length) int64, of the hidden states; default: 0, 1, 2, ...
+            with_logits: whether version 3 computes its logits; `logits_of` gives those of some positions.
         """
         if inputs_embeds is None:
             if self.embed_tokens is None:
@@ -248,7 +250,12 @@ class Eagle(DrafterPreTrainedModel):
         if hidden_states.shape[-1] != self.config.hidden_size:
             hidden_states = self.fc(hidden_states)
         hidden_states = self.midlayer(embeds, hidden_states, *attention)
-        return EagleOutput(last_hidden_state=hidden_states, logits=self.lm_head(self.norm(hidden_states)))
+        logits = self.logits_of(hidden_states) if with_logits else None
+        return EagleOutput(last_hidden_state=hidden_states, logits=logits)
+
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., draft_vocab_size) of drafted features (..., hidden_size); of version 3."""
+        return self.lm_head(self.norm(hidden_states))
 
 
 def _rope_factor(fields: dict[str, Any], source: str) -> float:
