@@ -94,7 +94,7 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> np.ndarray:
     return np.array([min(1 - after / before, LARGEST_BETA) for before, after in pairwise(left)])
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=256)
 def noise_schedule(num_steps: int | str, device: torch.device) -> NoiseSchedule:
     """
