@@ -138,6 +138,11 @@ def open_tokenizer(
         raise ValueError(cannot_open(place, error)) from error
     if tokenizer is None:
         raise ValueError(f"{place} holds a model without image tokenizer; give the tokenizer itself.")
+    if (
+        not hasattr(tokenizer.config, "codebook_size")
+        or getattr(tokenizer.config, "quantization", "vq") != "vq"
+    ):
+        raise ValueError(f"{type(tokenizer).__name__} gives latents, not ids; only ids can be written.")
     return tokenizer.eval(), picture_processor(FAMILIES[tokenizer.config.model_type], tokenizer, image_size)
 
 
@@ -145,8 +150,11 @@ def picture_processor(
     family: Family, tokenizer: PreTrainedModel, image_size: list[int] | None
 ) -> ImageGenerationProcessor:
     """The processor of an image tokenizer, for pictures of a size; see `open_tokenizer`."""
-    factor, grids = tokenizer.config.downsampling_factor, tokenizer.config.grid_sizes
+    config = tokenizer.config
+    factor, grids = config.downsampling_factor, getattr(config, "grid_sizes", [])
     fixed = [side * factor for side in grids[-1]] if grids else None
+    if hasattr(config, "image_size"):  # of tokenizers whose tokens are no grid
+        fixed = [config.image_size] * 2
     size = fixed if image_size is None else (list(image_size) * 2)[:2]
     if size is None:
         raise ValueError(
@@ -169,6 +177,10 @@ def plan_of(
 ) -> dict[str, Any]:
     """All that the tokens depend on, for `TokenWriter`."""
     config, size = tokenizer.config, processor.image_size
+    if hasattr(config, "num_latent_tokens"):
+        grids = [[1, config.num_latent_tokens]]
+    else:
+        grids = [list(grid) for grid in config.grid_sizes]
     return {
         "tokenizer": config.model_type,
         "tokenizer_sha256": tokenizer_digest(tokenizer),
@@ -178,8 +190,7 @@ def plan_of(
         "pictures": len(source),
         "class_names": source.class_names,
         "codebook_size": config.codebook_size,
-        "grid_sizes": [list(grid) for grid in config.grid_sizes]
-        or [[side // config.downsampling_factor for side in size]],
+        "grid_sizes": grids or [[side // config.downsampling_factor for side in size]],
         "image_size": list(size),
         "views": options.views,
         "num_views": VIEWS[options.views],
@@ -233,8 +244,6 @@ def tokenize(
 def encode(pixel_values: torch.Tensor, tokenizer: PreTrainedModel, batch_size: int) -> torch.Tensor:
     """Ids (pictures, tokens) int64 on the CPU, a few pictures at once."""
     parts = [tokenizer.encode(part.to(tokenizer.device)) for part in pixel_values.split(batch_size)]
-    if parts[0].is_floating_point():
-        raise ValueError(f"{type(tokenizer).__name__} gives latents, not ids; only ids can be written.")
     return torch.cat(parts).cpu()
 
 

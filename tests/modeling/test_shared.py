@@ -360,8 +360,11 @@ class TestMar(ContinuousFamilyTests):
         return mar_config(**changes)
 
 
-class TestMarOfPatches(TestMar):
-    """Tokens of 2x2 latents, a decoder unlike the encoder, text, pictures that are not square."""
+class TestFluid(TestMar):
+    """
+    The tokens of captions through a text encoder and layers of their own, to which every layer attends (arXiv 2410.13863);
+    tokens of 2x2 latents, a decoder unlike the encoder, pictures that are not square.
+    """
 
     num_tokens = 32
     num_hidden = 5
@@ -372,6 +375,8 @@ class TestMarOfPatches(TestMar):
         fields = {
             "condition_type": "text",
             "text_encoder_config": encoder,
+            "text_conditioning": "cross_attention",
+            "num_text_layers": 1,
             "grid_size": [2, 4],
             "patch_size": 2,
             "decoder_hidden_size": 64,
@@ -385,24 +390,3 @@ class TestMarOfPatches(TestMar):
         mask = torch.ones_like(ids)
         mask[0, 3:] = 0
         return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
-
-
-class TestFluid(TestMar):
-    """Caption tokens through layers of their own, to which every layer attends (arXiv 2410.13863)."""
-
-    def make_config(self, **changes):
-        fields = {
-            "condition_type": "text",
-            "text_embed_dim": 12,
-            "text_conditioning": "cross_attention",
-            "num_text_layers": 1,
-        }
-        return super().make_config(**{**fields, **changes})
-
-    def conditions(self, size):
-        generator = torch.Generator().manual_seed(1)
-        mask = (torch.arange(6)[None] <= torch.arange(size)[:, None] % 4 + 1).long()
-        return {
-            "prompt_embeds": torch.randn(size, 6, 12, generator=generator),
-            "prompt_attention_mask": mask,
-        }

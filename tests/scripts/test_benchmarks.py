@@ -8,7 +8,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ("benchmarking", "benchmark_var", "benchmark_llamagen")
+NAMES = ("benchmarking", "benchmark_var", "benchmark_llamagen", "benchmark_mar")
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +16,13 @@ def scripts():
     sys.path.insert(0, str(SCRIPTS))
     try:
         import benchmark_llamagen
+        import benchmark_mar
         import benchmark_var
         import benchmarking
 
-        yield SimpleNamespace(common=benchmarking, var=benchmark_var, llamagen=benchmark_llamagen)
+        yield SimpleNamespace(
+            common=benchmarking, var=benchmark_var, llamagen=benchmark_llamagen, mar=benchmark_mar
+        )
     finally:
         sys.path.remove(str(SCRIPTS))
         for name in NAMES:
@@ -87,6 +90,14 @@ def test_llamagen(scripts, monkeypatch, capfd, tmp_path):
     weights = 4 * (4 * 768**2 + 3 * 768 * 2048 + 3 * 768 + 768 * 16384)  # what one layer and the head hold
     assert step[2] == f"{weights / 1e6:.0f} MB"
     assert 0 < number(step[4]) <= number(step[5])
+
+
+def test_mar(scripts, monkeypatch, capfd, tmp_path):
+    more = ("--layers", "1", "--steps", "2", "--head-steps", "2", "--no-memory", "--no-kinds")
+    tiny(scripts, monkeypatch, "mar", *more, "--folder", str(tmp_path))
+    (timed,) = cells(capfd.readouterr().out, "ours, float32")
+    total, *parts = map(number, [timed[1], *timed[3:7]])
+    assert timed[2] == "1.00" and abs(sum(parts) - total) < 0.03 and min(parts[:3]) > 0
 
 
 def test_operations_are_counted_by_part_and_kind(scripts):

@@ -12,12 +12,19 @@ import torch
 from PIL import Image
 from transformers import AutoModel, Trainer
 
-from hf_argen import AutoModelForImageGeneration
+from hf_argen import AutoModelForImageGeneration, KlVaeModel, TitokModel
 from hf_argen.auto import FAMILIES, imported, new_processor
 from hf_argen.training import EpochCallback, TokenDataset, training_arguments
 
 from ..helpers import kills as faults
-from ..helpers.tiny import llamagen_vq_config, tiny_llamagen, tiny_rar, tiny_var
+from ..helpers.tiny import (
+    kl_vae_config,
+    llamagen_vq_config,
+    tiny_llamagen,
+    tiny_rar,
+    tiny_var,
+    titok_config,
+)
 from . import killed_work
 
 MODELS = {"llamagen": tiny_llamagen, "rar": tiny_rar, "var": tiny_var}
@@ -141,6 +148,21 @@ def test_every_tokenizer_has_its_way_of_cutting_pictures():
     assert tokenizers
     for family in tokenizers:
         assert hasattr(imported(family.picture_processor), "cut"), family.name
+
+
+def test_tokens_that_are_no_grid(script, pictures, tmp_path):
+    """TiTok's, in one row; tokenizers of latents are refused before anything is read."""
+    torch.manual_seed(0)
+    TitokModel(titok_config()).save_pretrained(tmp_path / "titok")
+    run(script, tmp_path / "titok", pictures, tmp_path / "tokens")
+    assert TokenDataset(tmp_path / "tokens")[0]["input_ids"].shape == (5,)
+    for name, latents in (
+        ("kl", KlVaeModel(kl_vae_config(grid_size=4))),
+        ("vae", TitokModel(titok_config(quantization="vae", legacy=False, pixel_decoder_config=None))),
+    ):
+        latents.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="gives latents, not ids; only ids can be written"):
+            run(script, tmp_path / name, pictures, tmp_path / "none")
 
 
 # Kills

@@ -244,7 +244,8 @@ class TitokModel(PixelChecks, StrictPreTrainedModel):
         """
         count, channels = self.config.num_latent_tokens, self.config.latent_channels
         if not tokens.is_floating_point():
-            tokens = self.quantizer.embed(self._checked(tokens))
+            ids = self._checked(tokens)
+            tokens = self.quantizer.embed(ids)
         elif tokens.ndim != 3 or tokens.shape[1:] != (count, channels):
             raise ValueError(
                 f"The tokens have the shape {tuple(tokens.shape)}; expected (batch, {count}, {channels}). Ids are whole "
