@@ -163,7 +163,9 @@ def verify(
     vocab = target.shape[-1]
     if batch == 0:
         return
-    scratch = target if noise is None else noise.new_empty(noise.shape)  # greedily, nothing is left of anything
+    scratch = (
+        target if noise is None else noise.new_empty(noise.shape)
+    )  # greedily, nothing is left of anything
     block = block_of(vocab)
     verify_kernel[(batch,)](
         target, tokens, draft, uniform, scratch if noise is None else noise, lengths, parents, scratch, *outputs,
