@@ -9,7 +9,7 @@ from kernels import get_local_kernel
 
 from hf_argen.kernels import OPERATIONS, use
 
-from ..kernels.kernel_base import KernelTests, assert_agree
+from ..kernels.kernel_base import KernelTests, Recorder, assert_agree
 
 
 def made_for(operation: str) -> KernelTests:
