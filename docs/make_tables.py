@@ -14,6 +14,9 @@ from pathlib import Path
 
 from hf_argen.auto import FAMILIES
 from hf_argen.generation.decoding import Decoding, available
+from hf_argen.generation.decoding.speculative.acceptance import AcceptanceRule
+from hf_argen.generation.decoding.speculative.drafters import Drafter
+from hf_argen.generation.decoding.speculative.trees import Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/decodings.md")
@@ -90,7 +93,23 @@ def sections() -> str:
     return "\n\n".join(parts)
 
 
-PARTS = {"decodings": table, "decoding sections": sections}
+def speculative_parts() -> str:
+    """A list for each exchangeable part of speculative decoding: what there is, with its options."""
+    parts = []
+    for title, kind in (("Drafters", Drafter), ("Trees", Tree), ("Acceptance rules", AcceptanceRule)):
+        rows = [f"### {title}"]
+        for name, cls in sorted(kind.known().items()):
+            text, meanings = documentation(cls)
+            options = [
+                f"  - `{field.name}` (default `{field.default!r}`): {meanings[field.name]}"
+                for field in dataclasses.fields(cls)
+            ]
+            rows.append("\n".join([f"- `{cls.__name__}`, stored as `{name}`. {' '.join(text.split())}", *options]))
+        parts.append("\n\n".join([rows[0], "\n".join(rows[1:])]))
+    return "\n\n".join(parts)
+
+
+PARTS = {"decodings": table, "decoding sections": sections, "speculative parts": speculative_parts}
 
 
 def filled(page: str) -> str:

@@ -4,6 +4,7 @@ checkpoints by the clock, exact resume, sheets of what is drawn so far, and the 
 """
 
 import argparse
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,40 @@ class Stage:
     warmup_steps: int
     weight_decay: float
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """
+    Random tokens in the pictures that a next-token model reads in training. Without them it soon knows its few pictures
+    by their first tokens, and hardly reads the caption.
+
+    Args:
+        most: largest share of random tokens of a picture in the beginning, drawn for each anew.
+        until: part of the training after which that share has gone down to none.
+        blind: probability that a picture is nothing but random tokens, so that only the caption tells what it is.
+        blind_first: part of the training in which all pictures are, and the part after which the probability has gone down
+            to `blind`.
+    """
+
+    most: float = 0.0
+    until: float = 0.0
+    blind: float = 0.0
+    blind_first: tuple[float, float] = (0.0, 0.0)
+
+    def __call__(self, ids: torch.Tensor, vocab_size: int, progress: float) -> torch.Tensor:
+        """Ids (batch, tokens) as they are read after `progress`, in [0, 1], of the training."""
+        share = self.most * falling(progress, 0.0, self.until) * torch.rand(len(ids), 1)
+        blind = max(self.blind, falling(progress, *self.blind_first))
+        share = torch.where(torch.rand(len(ids), 1) < blind, 1.0, share)
+        return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
+
+
+def falling(progress: float, start: float, stop: float) -> float:
+    """1 up to `start`, 0 from `stop` on, a straight line between them."""
+    if progress >= stop:
+        return 0.0
+    return 1.0 if progress <= start or stop == math.inf else (stop - progress) / (stop - start)
 
 
 class Pictures(Dataset):
@@ -259,14 +294,13 @@ def train_generator(
     options: argparse.Namespace,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    corruption: float = 0.0,
+    corruption: Corruption | None = None,
 ) -> PreTrainedModel:
     """
     The second stage: a text-conditional model on the ids of its frozen tokenizer, in `folder`.
 
     Args:
-        corruption: largest share of the tokens of a picture that are read as random ones, drawn anew for each picture. A
-            model that may trust every token soon knows its few pictures by their first ones, and stops reading the caption.
+        corruption: what is done to the tokens that the model reads, not to those that it predicts.
     """
     tokenizer = model.image_tokenizer.eval()
     with torch.no_grad():
@@ -274,7 +308,9 @@ def train_generator(
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         codes = torch.stack([row["input_ids"] for row in rows])
-        read = corrupt(codes, tokenizer.config.codebook_size, corruption) if corruption else codes
+        read = codes
+        if corruption is not None:
+            read = corruption(codes, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
         return {"input_ids": read, "labels": codes, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
@@ -296,12 +332,6 @@ def train_generator(
     )
     run(trainer, folder)
     return model.eval()
-
-
-def corrupt(ids: torch.Tensor, vocab_size: int, most: float) -> torch.Tensor:
-    """Ids (batch, tokens) of which a share of up to `most`, another one in every row, is replaced by random ids."""
-    share = most * torch.rand(len(ids), 1)
-    return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
 def parser(description: str, output: Path) -> argparse.ArgumentParser:

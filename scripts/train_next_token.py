@@ -15,6 +15,7 @@ The last is a small model that drafts for both. The results are the folders OUTP
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from emoji_training import (
     DATA,
     MAX_PROMPT_TOKENS,
     SIZE,
+    Corruption,
     Stage,
     parser,
     prompt_processor,
@@ -88,8 +90,14 @@ RAR = {
     "attention_dropout": 0.0,
     "text_embed_dim": 128,
 }
-ANNEALING = (0.25, 0.5)  # of the training; the paper's half and three quarters suit a longer one
-CORRUPTION = 0.6
+ANNEALING = (0.125, 0.25)  # of the training; the paper's half and three quarters suit a longer one
+# Of the tokens that a model reads in training: first so that it learns to read the caption, then so that it finds its way
+# back from tokens that it would not have drawn.
+CORRUPTION = {
+    "llamagen": Corruption(blind_first=(0.15, 0.6)),  # sees the condition through attention alone
+    "rar": Corruption(most=0.6, until=0.4, blind=0.125),
+}
+REFINEMENT = Corruption(most=0.5, until=math.inf)
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -104,12 +112,13 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=22, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
-    "rar": Stage(epochs=28, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "rar": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
 }
+REFINING_STAGE = Stage(epochs=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.02, batch_size=32)
 
 
 def build_tokenizer() -> LlamaGenVQModel:
@@ -186,9 +195,14 @@ Made by `scripts/train_next_token.py`, measured by `scripts/evaluate_emoji.py`.
 
 
 def train(
-    family: str, emoji: EmojiSet, tokenizer_stage: Stage, stage: Stage, options: argparse.Namespace
+    family: str,
+    emoji: EmojiSet,
+    tokenizer_stage: Stage,
+    stage: Stage,
+    refining_stage: Stage,
+    options: argparse.Namespace,
 ) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
-    """Both stages of a family; the tokenizer's is shared."""
+    """All stages of a family; the tokenizer's is shared."""
     build, processor_class = BUILDERS[family]
     tokenizer = train_tokenizer(build_tokenizer, emoji, tokenizer_stage, options, REVIVAL_PICTURES)
     torch.manual_seed(options.seed)
@@ -201,7 +215,10 @@ def train(
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
-    train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION)
+    train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION.get(family))
+    if family in CORRUPTION:
+        folder = options.output / f"refining-{family}"
+        train_generator(model, processor, emoji, refining_stage, options, folder, corruption=REFINEMENT)
     return model, processor
 
 
@@ -218,6 +235,7 @@ def main() -> None:
         emoji,
         replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
         replace(stage, epochs=options.epochs or stage.epochs),
+        REFINING_STAGE,
         options,
     )
     model = model.to(torch.bfloat16)

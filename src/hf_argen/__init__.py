@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from .generation.decoding.next_scale import NextScale
     from .generation.decoding.next_token import NextToken
     from .generation.decoding.relaxed_acceptance import RelaxedAcceptance
+    from .generation.decoding.speculative.acceptance import ExactMatch, RejectionSampling, TypicalAcceptance
+    from .generation.decoding.speculative.drafters import DraftModel
+    from .generation.decoding.speculative.dynamic_tree import DynamicTree
+    from .generation.decoding.speculative.ngram import NGram
+    from .generation.decoding.speculative.opt_tree import OptTree
+    from .generation.decoding.speculative.spectr import SpecTr
+    from .generation.decoding.speculative.trees import Chain, IndependentSequences, StaticTree
+    from .generation.decoding.speculative_decoding import SpeculativeDecoding
     from .generation.decoding.speculative_jacobi import SpeculativeJacobi
     from .modeling.code.configuration_code import CodeConfig
     from .modeling.code.modeling_code import CodeForImageGeneration
@@ -55,6 +63,18 @@ _SOURCES = {
     "GroupedSpeculative": "generation.decoding.grouped_speculative",
     "MaximalCouplingJacobi": "generation.decoding.maximal_coupling_jacobi",
     "RelaxedAcceptance": "generation.decoding.relaxed_acceptance",
+    "SpeculativeDecoding": "generation.decoding.speculative_decoding",
+    "DraftModel": "generation.decoding.speculative.drafters",
+    "NGram": "generation.decoding.speculative.ngram",
+    "Chain": "generation.decoding.speculative.trees",
+    "IndependentSequences": "generation.decoding.speculative.trees",
+    "StaticTree": "generation.decoding.speculative.trees",
+    "DynamicTree": "generation.decoding.speculative.dynamic_tree",
+    "OptTree": "generation.decoding.speculative.opt_tree",
+    "ExactMatch": "generation.decoding.speculative.acceptance",
+    "RejectionSampling": "generation.decoding.speculative.acceptance",
+    "TypicalAcceptance": "generation.decoding.speculative.acceptance",
+    "SpecTr": "generation.decoding.speculative.spectr",
     "SpeculativeJacobi": "generation.decoding.speculative_jacobi",
     "NextScale": "generation.decoding.next_scale",
     "NextToken": "generation.decoding.next_token",
@@ -91,6 +111,18 @@ __all__ = [
     "GroupedSpeculative",
     "MaximalCouplingJacobi",
     "RelaxedAcceptance",
+    "SpeculativeDecoding",
+    "DraftModel",
+    "NGram",
+    "Chain",
+    "IndependentSequences",
+    "StaticTree",
+    "DynamicTree",
+    "OptTree",
+    "ExactMatch",
+    "RejectionSampling",
+    "TypicalAcceptance",
+    "SpecTr",
     "SpeculativeJacobi",
     "NextScale",
     "NextToken",

@@ -65,7 +65,10 @@ class DecodingTests:
         assert decoding.to_dict() == json.loads(json.dumps(decoding.to_dict())) == stored
         assert Decoding.from_dict(decoding.to_dict()) == decoding
         for name, value in self.options.items():
-            assert getattr(decoding, name) == value != getattr(self.decoding_class(), name)
+            found, default = (
+                one._stored(name, getattr(one, name)) for one in (decoding, self.decoding_class())
+            )
+            assert found == value != default
 
     def test_survives_in_the_generation_config(self, model, tmp_path):
         decoding = self.decoding_class(**self.options)

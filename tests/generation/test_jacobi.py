@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 import hf_argen
 from hf_argen import GroupedSpeculative, MaximalCouplingJacobi, SpeculativeJacobi
 from hf_argen.generation.decoding.base import Request
-from hf_argen.generation.decoding.speculative_jacobi import Drafts, acceptance, one_hot, residual
+from hf_argen.generation.decoding.speculative_jacobi import Drafts
+from hf_argen.generation.sampling import acceptance, one_hot, residual
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.goldens import golden

@@ -11,7 +11,7 @@ from hf_argen.generation.decoding.speculative.relaxation import (
     nearest_by_distance,
     nearest_by_table,
 )
-from hf_argen.generation.decoding.speculative_jacobi import acceptance
+from hf_argen.generation.sampling import acceptance
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.goldens import assert_close, golden
@@ -174,7 +174,7 @@ def test_a_model_that_drafts_for_itself(family):
         return_dict_in_generate=True,
     )
     assert output.accept_lengths.tolist() == [[5, 5, 5]] * 2
-    assert output.forward_calls == 2 + 3 + 3 * 5
+    assert output.forward_calls == 2 + 3 + 3 * 4
 
 
 def test_more_relaxation_accepts_more(family):

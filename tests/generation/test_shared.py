@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_argen import (
+    Chain,
     CodeConfig,
     CodeForImageGeneration,
     CollaborativeNextScale,
@@ -14,7 +15,9 @@ from hf_argen import (
     NextScale,
     NextToken,
     RelaxedAcceptance,
+    SpeculativeDecoding,
     SpeculativeJacobi,
+    StaticTree,
 )
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
@@ -114,6 +117,27 @@ class TestRelaxedAcceptance(NextTokenModels, DecodingTests):
         return RelaxedAcceptance(tiny_next_token(self.family, hidden_size=16, num_hidden_layers=1))
 
 
+class TestSpeculativeDecoding(NextTokenModels, DecodingTests):
+    decoding_class = SpeculativeDecoding
+    options = {
+        "drafter": {"type": "ngram", "longest": 2},
+        "tree": {"type": "static_tree", "choices": [[0], [1], [0, 0]]},
+        "acceptance": {"type": "exact_match"},
+        "give_up_below": 1.5,
+    }
+
+    def make_decoding(self):
+        torch.manual_seed(4)
+        drafter = tiny_next_token(self.family, hidden_size=16, num_hidden_layers=1)
+        return SpeculativeDecoding(drafter, StaticTree([[0], [1], [0, 0]]))
+
+    def test_distribution_is_the_plain_one(self):
+        """Drafted by a copy, and by another model of as few codes."""
+        for drafter in (None, tiny_next_token(self.family, 3, (1, 3), hidden_size=16, num_hidden_layers=1)):
+            self.make_decoding = lambda drafter=drafter: SpeculativeDecoding(drafter, Chain(1))
+            super().test_distribution_is_the_plain_one()
+
+
 class TestNextTokenOfRar(TestNextToken):
     family = "rar"
 
@@ -127,6 +151,10 @@ class TestMaximalCouplingJacobiOfRar(TestMaximalCouplingJacobi):
 
 
 class TestGroupedSpeculativeOfRar(TestGroupedSpeculative):
+    family = "rar"
+
+
+class TestSpeculativeDecodingOfRar(TestSpeculativeDecoding):
     family = "rar"
 
 

@@ -84,6 +84,20 @@ class Enumerator:
         drawn = [self._choose(row) for row in rows.tolist()]
         return torch.tensor(drawn, device=probs.device).view(probs.shape[:-1])
 
+    def without_replacement(self, probs: torch.Tensor, count: int, generator) -> torch.Tensor:
+        drawn = []
+        for row in probs.double().reshape(-1, probs.shape[-1]).tolist():
+            left, order = list(row), []
+            while len(order) < count:
+                total = sum(left)
+                if total == 0:  # no choice is left that has a probability
+                    order.append(next(i for i in range(len(left)) if i not in order))
+                    continue
+                order.append(self._choose([weight / total for weight in left]))
+                left[order[-1]] = 0.0
+            drawn.append(order)
+        return torch.tensor(drawn, device=probs.device).view(*probs.shape[:-1], count)
+
     def bernoulli(self, probs: torch.Tensor, generator) -> torch.Tensor:
         drawn = [self._choose([1 - p, p]) for p in probs.double().flatten().clamp(0, 1).tolist()]
         return torch.tensor(drawn, dtype=torch.bool, device=probs.device).view(probs.shape)

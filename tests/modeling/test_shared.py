@@ -169,11 +169,12 @@ class TestLlamaGen(FamilyTests):
         "maximal_coupling_jacobi",
         "next_token",
         "relaxed_acceptance",
+        "speculative_decoding",
         "speculative_jacobi",
     ]
 
     def make_decoding(self, name):
-        if name == "next_token":
+        if name in ("next_token", "speculative_decoding"):
             return name
         if name == "relaxed_acceptance":
             return RelaxedAcceptance(self.make_model(hidden_size=16, num_hidden_layers=1))

@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,13 @@ def load_like(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def takes_argument(model: PreTrainedModel, name: str) -> bool:
     """Whether the model's forward pass has this argument."""
-    return name in inspect.signature(model.forward).parameters
+    return name in _arguments(type(model))
+
+
+@cache
+def _arguments(model_class: type) -> frozenset[str]:
+    """Of the forward pass of a class; asking Python for them takes longer than a small model's step."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -259,6 +266,11 @@ def why_not_decodable(model: PreTrainedModel) -> str | None:
     if getattr(config, "alibi", False):
         return "it has ALiBi positions, which take no position_ids"
     return None
+
+
+def why_not_drafting(model: PreTrainedModel) -> str | None:
+    """What keeps a model, of ours or of transformers, from drafting for another; `None` if nothing does."""
+    return None if hasattr(model, "predictor_class") else why_not_decodable(model)
 
 
 def why_no_own_masks(model: PreTrainedModel) -> str | None:

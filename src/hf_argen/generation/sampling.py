@@ -24,6 +24,8 @@ class Randomness(Protocol):
 
     def categorical(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor: ...
 
+    def without_replacement(self, probs: torch.Tensor, count: int, generator: Generators) -> torch.Tensor: ...
+
     def bernoulli(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor: ...
 
     def gumbel(self, like: torch.Tensor, generator: Generators) -> torch.Tensor: ...
@@ -49,6 +51,10 @@ class TorchRandomness:
     def categorical(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
         # The exponential race: what torch.multinomial does for one sample, so that seeds agree with it on the CPU.
         return torch.argmax(probs / self.exponential(probs, generator), dim=-1)
+
+    def without_replacement(self, probs: torch.Tensor, count: int, generator: Generators) -> torch.Tensor:
+        # The first of the race and those that come after it: as torch.multinomial without replacement.
+        return torch.topk(probs / self._exponential(probs, generator), count, dim=-1).indices
 
     def bernoulli(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
         uniform = torch.empty_like(probs, memory_format=torch.contiguous_format)
@@ -129,6 +135,38 @@ def gumbel(like: torch.Tensor, generator: Generators = None) -> torch.Tensor:
 def uniform(choices: int, count: int, generator: Generators, device: torch.device) -> torch.Tensor:
     """`count` draws, one per row of the batch, from 0 to `choices` - 1 with equal probability; (count,) int64."""
     return _source.get().uniform(choices, count, generator, device)
+
+
+def without_replacement(probs: torch.Tensor, count: int, generator: Generators = None) -> torch.Tensor:
+    """
+    `count` different choices from each distribution, one after another, each in proportion to what is left.
+
+    Args:
+        probs: (batch, ..., choices) float32, each row of the last dimension a distribution.
+        generator: one, or one per row of the batch; `None` is torch's global one.
+
+    Returns:
+        (batch, ..., count) int64 in the order drawn; where fewer choices have a probability, any others follow.
+    """
+    return _source.get().without_replacement(probs, count, generator)
+
+
+def one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Distributions (..., vocab_size), like those of `like`, that are all on the given tokens (...)."""
+    zeros = like.new_zeros(*tokens.shape, like.shape[-1])
+    return zeros.scatter_(-1, tokens.unsqueeze(-1), 1.0)
+
+
+def acceptance(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """min(1, p / q): how probably speculative sampling keeps a draft (arXiv 2211.17192)."""
+    return (target / draft.clamp(min=torch.finfo(draft.dtype).tiny)).clamp(max=1.0)
+
+
+def residual(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """The distribution max(p - q, 0), normalised, that makes up for rejected drafts; p where nothing is left."""
+    rest = (target - draft).clamp(min=0)
+    total = rest.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target)
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, generator: Generators = None) -> torch.Tensor:

@@ -106,6 +106,10 @@ class Transcript:
         places = torch.tensor(self.lengths, device=self._ids.device)[:, None] + self.start - 1
         return self._ids.gather(1, places)
 
+    def row(self, row: int) -> list[int]:
+        """All ids of a row, those of the prompt and its padding included."""
+        return self._ids[row, : self.start + self.lengths[row]].tolist()
+
     def at(self, places: torch.Tensor) -> torch.Tensor:
         """(batch,) int64, the generated token of each row at its place (batch,); negative places reach the prompt."""
         return self._ids.gather(1, (places + self.start).clamp(min=0)[:, None])[:, 0]
@@ -117,41 +121,68 @@ class Transcript:
     # Scores
 
     def process(
-        self, logits: torch.Tensor, drafts: torch.Tensor | None = None, skip: int = 0
+        self,
+        logits: torch.Tensor,
+        drafts: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
+        nodes: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """
         Logits through the logits processors.
 
         Args:
-            logits: (batch, n, vocab_size) float32; the i-th predict the token after the row and its first `skip` + i
-                drafts.
-            drafts: (batch, at least `skip` + n - 1) int64, tokens that may follow; default: none, for n = 1.
+            logits: (batch, n, vocab_size) float32, of what follows the nodes.
+            drafts: (batch, m) int64, tokens that may follow the row; default: none.
+            parents: (batch, m) int64, the draft that each of them continues, -1 for the row; default: a chain.
+            nodes: whose logits these are: 0 is the row as it is, i + 1 its i-th draft; default: the first n.
 
         Returns:
             scores of the same shape.
         """
         scores = logits
+        paths: list[list[list[int]]] | None = None
         for is_free, group in groupby(self.logits_processor, key=lambda one: type(one) in CONTEXT_FREE):
             if is_free:
                 empty = self.prompt.new_zeros(scores.shape[0] * scores.shape[1], 0)
                 scores = warped(list(group), scores.reshape(-1, scores.shape[-1]), empty).view(scores.shape)
             else:
                 processors = LogitsProcessorList(group)
-                places = range(scores.shape[1])
-                columns = [self._in_context(processors, scores[:, i], drafts, skip + i) for i in places]
+                if paths is None:
+                    paths = self._paths(drafts, parents, range(scores.shape[1]) if nodes is None else nodes)
+                columns = [self._in_context(processors, scores[:, i], path) for i, path in enumerate(paths)]
                 scores = torch.stack(columns, dim=1)
         return scores
 
+    def _paths(
+        self, drafts: torch.Tensor | None, parents: torch.Tensor | None, nodes: Sequence[int]
+    ) -> list[list[list[int]]]:
+        """For each node and each row the drafts from the end of the row to the node."""
+        if drafts is None:
+            return [[[] for _ in range(self.batch_size)] for _ in nodes]
+        rows = drafts.tolist()
+        if parents is None:
+            return [[row[:node] for row in rows] for node in nodes]
+        before = parents.expand(self.batch_size, -1).tolist()
+
+        def path(row: int, node: int) -> list[int]:
+            found: list[int] = []
+            while node > 0:
+                found.append(rows[row][node - 1])
+                node = before[row][node - 1] + 1
+            return found[::-1]
+
+        return [[path(row, node) for row in range(self.batch_size)] for node in nodes]
+
     def _in_context(
-        self, processors: LogitsProcessorList, scores: torch.Tensor, drafts: torch.Tensor | None, i: int
+        self, processors: LogitsProcessorList, scores: torch.Tensor, paths: list[list[int]]
     ) -> torch.Tensor:
-        """Scores (batch, vocab_size) after the rows and their first `i` drafts."""
+        """Scores (batch, vocab_size) after the rows and each row's path of drafts."""
 
         def context(row: int, rows: slice) -> torch.Tensor:
             ids = self._ids[rows, : self.start + self.lengths[row]]
-            return ids if i == 0 else torch.cat([ids, drafts[rows, :i]], dim=1)
+            return torch.cat([ids, ids.new_tensor(paths[rows])], dim=1) if paths[row] else ids
 
-        if self.is_even:
+        if self.is_even and len({len(path) for path in paths}) == 1:
             return processors(context(0, slice(None)), scores)
         # Rows of unequal length make no batch. A processor may ask which row of the batch it sees, so it sees as many.
         parts = []

@@ -1,7 +1,5 @@
 """What all decodings share: a name, a guarantee, storage in the generation configuration."""
 
-import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from transformers.generation import BaseStreamer
 from .. import _compat
 from ..predictors.base import Predictor
 from ..sampling import Generators
+from ..stored import Stored
 
 
 class Guarantee(Enum):
@@ -88,7 +87,7 @@ class DecodingResult:
 
 
 @dataclass
-class Decoding(ABC):
+class Decoding(Stored, ABC):
     """
     Base of all decodings. A subclass is a dataclass in a file of its own; its fields are its options.
 
@@ -98,6 +97,7 @@ class Decoding(ABC):
         predictor_class: the kind of predictor that it drives; a model fits when its own is of that kind.
     """
 
+    kind: ClassVar[str] = "decoding"
     guarantee: ClassVar[Guarantee]
     knob: ClassVar[str | None] = None
     predictor_class: ClassVar[type[Predictor]]
@@ -135,9 +135,10 @@ class Decoding(ABC):
         return BoundDecoding(self, **bound)
 
     @classmethod
-    def type_name(cls) -> str:
-        """The name under which the decoding is asked for and stored: the class name in snake case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    def by_name(cls, name: str | None) -> "type[Decoding]":
+        from . import by_name
+
+        return by_name(name)
 
     @classmethod
     def fits(cls, model: Any) -> bool:
@@ -158,46 +159,6 @@ class Decoding(ABC):
             raise ValueError(
                 f"{type(model).__name__} cannot be decoded by {self.type_name()!r}; it can by {fitting}."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The stored form: the type and those options that differ from their defaults; plain JSON values."""
-        options = {
-            f.name: self._stored(f.name, getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != (f.default_factory() if callable(f.default_factory) else f.default)
-        }
-        return {"type": self.type_name(), **options}
-
-    def _stored(self, name: str, value: Any) -> Any:
-        """The plain form of an option; a model is referenced by name."""
-        if isinstance(value, torch.nn.Module):
-            if not value.name_or_path:
-                raise ValueError(
-                    f"The {name} was never saved or loaded; save it first, a decoding is stored by name."
-                )
-            return value.name_or_path
-        return list(value) if isinstance(value, tuple) else value
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Self:
-        """
-        The decoding that `to_dict` wrote.
-
-        Raises:
-            ValueError: no type, or unknown type or option.
-        """
-        from . import by_name
-
-        options = dict(stored)
-        if "type" not in options:
-            raise ValueError(f'A stored decoding has its name under "type"; {stored} has none.')
-        decoding_class = by_name(options.pop("type"))
-        known = [f.name for f in dataclasses.fields(decoding_class)]
-        if unknown := [name for name in options if name not in known]:
-            raise ValueError(
-                f"{decoding_class.__name__} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
-            )
-        return decoding_class(**options)
 
     @classmethod
     def from_config(cls, generation_config: GenerationConfig | None) -> Self | None:

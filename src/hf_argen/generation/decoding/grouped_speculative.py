@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 
+from ..sampling import acceptance
 from .base import Guarantee, Request
-from .speculative_jacobi import Drafts, SpeculativeJacobi, acceptance
+from .speculative_jacobi import Drafts, SpeculativeJacobi
 
 
 @dataclass

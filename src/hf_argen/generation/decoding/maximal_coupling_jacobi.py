@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..sampling import Generators, categorical
+from ..sampling import Generators, categorical, one_hot, residual
 from .base import Guarantee
-from .speculative_jacobi import Drafts, SpeculativeJacobi, one_hot, residual
+from .speculative_jacobi import Drafts, SpeculativeJacobi
 
 
 @dataclass

@@ -6,13 +6,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..sampling import Generators, bernoulli, categorical
+from ..sampling import Generators, acceptance, bernoulli, categorical, one_hot, residual
 from ..transcript import Transcript
 from .base import DecodingResult, Guarantee, Request
-from .token_loop import TokenLoop
+from .token_loop import TokenLoop, check_give_up_below, drafting_loses
 
 INITIALIZATIONS = ("random", "horizontal", "vertical")
-PROBATION = 16  # calls before a request may give up drafting
 
 
 @dataclass
@@ -58,8 +57,7 @@ class SpeculativeJacobi(TokenLoop):
             raise ValueError(
                 f"initialization is {self.initialization!r}; it must be one of {', '.join(INITIALIZATIONS)}."
             )
-        if self.give_up_below is not None and self.give_up_below < 1:
-            raise ValueError(f"give_up_below is {self.give_up_below}; every call gains at least 1 token.")
+        check_give_up_below(self.give_up_below)
 
     @property
     def largest_draft(self) -> int:
@@ -109,10 +107,7 @@ class SpeculativeJacobi(TokenLoop):
     def width(self, transcript: Transcript, gains: list[list[int]]) -> int:
         """Tokens to feed: the window, as far as there is room for it."""
         width = min(self.window, transcript.remaining())
-        if self.give_up_below is None or len(gains) < PROBATION:
-            return width
-        gained = [gain for call in gains for gain in call if gain]
-        return width if sum(gained) >= self.give_up_below * len(gained) else 1
+        return 1 if drafting_loses(gains, self.give_up_below) else width
 
     @staticmethod
     def probabilities(scores: torch.Tensor, request: Request) -> torch.Tensor:
@@ -217,21 +212,3 @@ class SpeculativeJacobi(TokenLoop):
         redrawn = F.pad(residual(probs[:, :-1], drafts.probs), (0, 0, 0, 1))
         failed = (place == at) & (at < probs.shape[1] - 1)
         return categorical(torch.where(place < at, fixed, torch.where(failed, redrawn, probs)), generator)
-
-
-def one_hot(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Distributions (..., vocab_size), like those of `like`, that are all on the given tokens (...)."""
-    zeros = like.new_zeros(*tokens.shape, like.shape[-1])
-    return zeros.scatter_(-1, tokens.unsqueeze(-1), 1.0)
-
-
-def acceptance(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-    """min(1, p / q): how probably speculative sampling keeps a draft (arXiv 2211.17192)."""
-    return (target / draft.clamp(min=torch.finfo(draft.dtype).tiny)).clamp(max=1.0)
-
-
-def residual(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-    """The distribution max(p - q, 0), normalised, that makes up for rejected drafts; p where nothing is left."""
-    rest = (target - draft).clamp(min=0)
-    total = rest.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target)

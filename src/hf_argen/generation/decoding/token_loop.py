@@ -115,5 +115,22 @@ class PictureStreamer(BaseStreamer):
         self.streamer.end()
 
 
+PROBATION = 16  # calls before a request may give up drafting
+
+
+def check_give_up_below(give_up_below: float | None) -> None:
+    """Refuses a bound that no request can meet or miss."""
+    if give_up_below is not None and give_up_below < 1:
+        raise ValueError(f"give_up_below is {give_up_below}; every call gains at least 1 token.")
+
+
+def drafting_loses(gains: list[list[int]], give_up_below: float | None) -> bool:
+    """Whether after the first calls the rows have gained fewer tokens a call than the bound; `gains` is [call][row]."""
+    if give_up_below is None or len(gains) < PROBATION:
+        return False
+    gained = [gain for call in gains for gain in call if gain]
+    return sum(gained) < give_up_below * len(gained)
+
+
 def _rows(inputs: dict[str, Any]) -> int:
     return next(len(value) if isinstance(value, torch.Tensor) else value for value in inputs.values())

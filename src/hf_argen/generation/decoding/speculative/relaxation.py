@@ -2,8 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+from ...sampling import acceptance, bernoulli, categorical, one_hot
+from ..base import Guarantee
+from .acceptance import AcceptanceRule, Verdict, completed
+from .draft_tree import DraftContext, DraftTree
 
 NearestCodes = Callable[[torch.Tensor, int], torch.Tensor]
 """From tokens (...) and a number n to the n codes that are nearest to each, (..., n), nearest first, itself excluded."""
@@ -66,6 +72,45 @@ class Relaxation:
         rest = (target - draft).clamp(min=0)
         total = rest.sum(dim=-1, keepdim=True)
         return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), target)
+
+
+@dataclass
+class LendingAcceptance(AcceptanceRule):
+    """
+    Rejection sampling along a chain, with probabilities that drafts are lent.
+
+    Args:
+        rule: how much they are lent.
+    """
+
+    rule: Relaxation
+
+    is_offered: ClassVar[bool] = False
+    guarantee: ClassVar[Guarantee] = Guarantee.RELAXED
+
+    def verify(self, scores: torch.Tensor, tree: DraftTree, context: DraftContext) -> Verdict:
+        # A draft may also become the best token by what it is lent.
+        return self.sample(scores, tree, context)
+
+    def sample(self, scores: torch.Tensor, tree: DraftTree, context: DraftContext) -> Verdict:
+        probs, drafts = scores.softmax(dim=-1), tree.tokens
+        target = probs[:, :-1]
+        value, has_neighbours = self.rule.relaxed(target, drafts)
+        if context.do_sample:
+            drawn_from = one_hot(drafts, target) if tree.probs is None else tree.probs
+            own = drawn_from.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+            accepted = bernoulli(acceptance(value, own), context.generator)
+            rest = self.rule.remaining(target, drawn_from, drafts, has_neighbours)
+        else:
+            raised = target.scatter(-1, drafts.unsqueeze(-1), value.unsqueeze(-1))
+            accepted = raised.argmax(dim=-1) == drafts
+            rest = target
+        first = accepted.long().cumprod(dim=1).sum(dim=1)
+        at = first[:, None, None].expand(-1, 1, probs.shape[-1])
+        final = torch.cat([rest, probs[:, -1:]], dim=1).gather(1, at)  # the one place that is drawn
+        drawn = categorical(final, context.generator) if context.do_sample else final.argmax(dim=-1)
+        nodes = torch.arange(probs.shape[1], device=probs.device).expand(len(probs), -1)
+        return completed(nodes, first + 1, drawn[:, 0], tree)
 
 
 def nearest_by_distance(codes: torch.Tensor) -> NearestCodes:

@@ -1,0 +1,124 @@
+"""Drafts copied from the text itself: prompt lookup."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from ... import _compat
+from ..base import Request
+from .acceptance import Verdict
+from .draft_tree import DraftContext, DraftTree
+from .drafters import Drafter, Drafting
+from .trees import Chain, Tree
+
+
+@dataclass
+class NGram(Drafter):
+    """
+    Copies what followed the last occurrence of the row's latest tokens, in the prompt or in what was generated. In trees
+    of several branches a token counts by how often it followed. Needs no model.
+
+    Args:
+        longest: tokens that are looked up, at most; if they have not occurred before, fewer are.
+        shortest: the fewest.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(
+                f"NGram looks up {self.shortest} to {self.longest} tokens; shortest must be at least 1 and at most longest."
+            )
+
+    def default_tree(self) -> Tree:
+        return Chain(length=10)
+
+    def open(self, request: Request, context: DraftContext) -> Drafting:
+        return NGramDrafting(self, request, context)
+
+
+class Occurrences:
+    """Where the n-grams of one growing sequence have occurred, for n from 0 to `longest`."""
+
+    def __init__(self, longest: int):
+        self.ids: list[int] = []
+        self._ends: list[dict[tuple[int, ...], list[int]]] = [{} for _ in range(longest + 1)]
+
+    def extend(self, ids: list[int]) -> None:
+        """Adds tokens; an n-gram counts from when it is known what follows it."""
+        for token in ids:
+            end = len(self.ids)
+            for n, ends in enumerate(self._ends[: end + 1]):
+                ends.setdefault(tuple(self.ids[end - n :]), []).append(end)
+            self.ids.append(token)
+
+    def find(self, context: list[int], shortest: int) -> list[int]:
+        """The places after the longest n-gram at the end of `context` that has occurred, in order; none: empty."""
+        for n in range(min(len(self._ends) - 1, len(context)), shortest - 1, -1):
+            if ends := self._ends[n].get(tuple(context[len(context) - n :])):
+                return ends
+        return []
+
+    def copied(self, length: int, shortest: int) -> list[int]:
+        """What followed the last occurrence of the sequence's end; a copy that runs into the end goes on from itself."""
+        if not (found := self.find(self.ids, shortest)):
+            return []
+        source = self.ids[found[-1] : found[-1] + length]
+        return (source * math.ceil(length / len(source)))[:length]
+
+
+class NGramDrafting(Drafting):
+    """See [`NGram`]."""
+
+    def __init__(self, options: NGram, request: Request, context: DraftContext):
+        self.options = options
+        self.vocab_size = _compat.text_config(request.model).vocab_size
+        transcript = context.transcript
+        self.device = transcript.prompt.device
+        self.rows = [Occurrences(options.longest) for _ in range(transcript.batch_size)]
+        mask = request.inputs.get("attention_mask")
+        for row, occurrences in enumerate(self.rows):
+            prompt = transcript.prompt[row]
+            if mask is not None and prompt.shape[0]:
+                prompt = prompt[mask[row] != 0]
+            occurrences.extend(prompt.tolist())
+        self._paths: list[list[list[int]]] = []  # of each row, the drafts up to every node of this step
+
+    def accept(self, verdict: Verdict, taken: list[int]) -> None:
+        for occurrences, ids, count in zip(self.rows, verdict.tokens.tolist(), taken, strict=True):
+            occurrences.extend(ids[:count])
+
+    def ready(self, length: int) -> DraftTree | None:
+        copies = [row.copied(length, self.options.shortest) for row in self.rows]
+        if not any(copies):
+            return DraftTree.none(torch.zeros(len(copies), device=self.device))
+        # A row without a copy gets drafts that are as good as any.
+        filled = [copy or row.ids[-1:] * length for copy, row in zip(copies, self.rows, strict=True)]
+        return DraftTree(torch.tensor(filled, device=self.device), length)
+
+    def root(self) -> torch.Tensor:
+        self._paths = [[] for _ in self.rows]
+        return torch.stack([self._logits(row, []) for row in self.rows])
+
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        before = [None] * len(self.rows) if parents is None else parents.tolist()
+        logits = []
+        for row, paths, ids, above in zip(self.rows, self._paths, tokens.tolist(), before, strict=True):
+            for i, token in enumerate(ids):
+                parent = len(paths) - 1 if above is None else above[i]
+                paths.append([*(paths[parent] if parent >= 0 else []), token])
+                logits.append(self._logits(row, paths[-1]))
+        return torch.stack(logits).view(*tokens.shape, -1)
+
+    def _logits(self, row: Occurrences, path: list[int]) -> torch.Tensor:
+        """(vocab_size,): logarithm of how often each token followed the longest n-gram at the end of the path."""
+        found = row.find(row.ids[-self.options.longest :] + path, 0)
+        counts = Counter(row.ids[end] for end in found)
+        logits = torch.full((self.vocab_size,), -torch.inf, device=self.device)
+        tokens = torch.tensor(list(counts), device=self.device)
+        logits[tokens] = torch.tensor([float(count) for count in counts.values()], device=self.device).log()
+        return logits

@@ -1,0 +1,85 @@
+"""Trees of the largest expected accepted length (OPT-Tree, arXiv 2406.17276)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .draft_tree import DraftContext, DraftTree, Nodes
+from .trees import Tree, check_positive
+
+
+@dataclass
+class OptTree(Tree):
+    """
+    The drafts whose paths are the likeliest, as many as the budget allows: by the drafter's probabilities no other tree
+    of so many nodes has a longer expected accepted length. Levels are added as long as that grows by enough.
+
+    Args:
+        nodes: drafts of the tree.
+        threshold: by how much the expected length has to grow for another level.
+        max_depth: levels that are drafted, at most; the tree has fewer, the last one only shows what it would add.
+    """
+
+    nodes: int = 50
+    threshold: float = 0.5
+    max_depth: int = 10
+
+    def __post_init__(self) -> None:
+        check_positive(self, "nodes")
+        if self.max_depth < 2:
+            raise ValueError(f"max_depth of OptTree is {self.max_depth}; it must be at least 2.")
+        if self.threshold < 0:
+            raise ValueError(f"threshold of OptTree is {self.threshold}; it must be 0 or above.")
+
+    @property
+    def most_drafts(self) -> int:
+        return self.nodes
+
+    @property
+    def most_expanded(self) -> int:
+        return self.nodes * (self.max_depth - 1)
+
+    @property
+    def most_depth(self) -> int:
+        return self.max_depth - 1
+
+    def grow(self, drafter: Nodes, context: DraftContext, depth: int) -> DraftTree:
+        best = drafter.root().softmax(dim=-1)
+        width = min(self.nodes, best.shape[-1])
+        weights, tokens = best.topk(width, dim=-1)
+        layers = [(tokens, weights, torch.full_like(tokens, -1))]
+        expected = torch.zeros_like(weights[:, 0])
+        levels = torch.zeros_like(tokens[:, 0])  # of each row's tree; 0: still growing
+        most = min(self.max_depth, depth + 1)
+        while True:
+            tokens, weights, parents = layers[-1]
+            fed = torch.where(parents < 0, -1, parents + max(len(layers) - 2, 0) * width)
+            probs = drafter.expand(tokens, fed).softmax(dim=-1)
+            values, ids = probs.topk(width, dim=-1)
+            weights, place = (values * weights.unsqueeze(-1)).flatten(1).topk(width, dim=-1)
+            layers.append((ids.flatten(1).gather(1, place), weights, place // width))
+            known = torch.cat([layer[1] for layer in layers[:-1]], dim=1)
+            total = known.topk(min(self.nodes, known.shape[1]), dim=-1).values.sum(dim=-1)
+            grows = (total - expected > self.threshold) & (len(layers) < most)
+            levels = torch.where((levels == 0) & ~grows, len(layers) - 1, levels)
+            expected = total
+            if bool((levels > 0).all()):
+                return self.selected(layers, levels, width)
+
+    def selected(
+        self, layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], levels: torch.Tensor, width: int
+    ) -> DraftTree:
+        """The best drafts of the first `levels` (batch,) layers of each row, those of a layer together."""
+        depth = len(layers) - 1
+        tokens, weights, above = (torch.cat([layer[i] for layer in layers[:-1]], dim=1) for i in range(3))
+        layer = torch.arange(depth, device=tokens.device).repeat_interleave(width)
+        weights = torch.where(layer < levels[:, None], weights, -1.0)
+        kept = weights.topk(min(self.nodes, width * int(levels.min())), dim=-1).indices
+        kept = kept.gather(1, (kept // width).argsort(dim=-1))
+        parents = above.gather(1, kept) + (kept // width - 1) * width
+        is_parent = parents.unsqueeze(-1) == kept.unsqueeze(1)
+        place = is_parent.int().argmax(dim=-1)
+        parents = torch.where(
+            is_parent.any(dim=-1), place, -1
+        )  # -1 too where a tie has cost the parent its place
+        return DraftTree(tokens.gather(1, kept), depth, parents, branching=width)
