@@ -88,9 +88,10 @@ def write(operation: str, out: Path) -> Path:
         "".join(f"{path}\n{text}" for path, text in sorted(files.items())).encode()
     ).hexdigest()
     identifier = f"_{operation}_{digest[:12]}"
-    files["library.py"] = re.sub(
-        r'^NAMESPACE = "\w+"', f'NAMESPACE = "{identifier}"', files["library.py"], flags=re.MULTILINE
+    files["library.py"], found = re.subn(
+        r'^NAMESPACE = "hf_argen"$', f'NAMESPACE = "{identifier}"', files["library.py"], flags=re.MULTILINE
     )
+    assert found == 1, "an operation registered twice would be destroyed"
     build = out / operation / "build"
     shutil.rmtree(build, ignore_errors=True)
     for path, text in files.items():

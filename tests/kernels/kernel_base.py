@@ -199,14 +199,15 @@ class KernelTests:
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the operations of this package that are called."""
+    """Notes the operations of this package, or of another namespace, that are called."""
 
-    def __init__(self):
+    def __init__(self, namespace: str = "hf_argen"):
         super().__init__()
+        self.namespace = namespace
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "hf_argen":
+        if func.namespace == self.namespace:
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

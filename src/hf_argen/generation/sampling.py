@@ -63,7 +63,7 @@ class TorchRandomness:
 
     def without_replacement(self, probs: torch.Tensor, count: int, generator: Generators) -> torch.Tensor:
         # The first of the race and those that come after it: as torch.multinomial without replacement.
-        return torch.topk(probs / self._exponential(probs, generator), count, dim=-1).indices
+        return torch.topk(probs / self.exponential(probs, generator), count, dim=-1).indices
 
     def bernoulli(self, probs: torch.Tensor, generator: Generators) -> torch.Tensor:
         uniform = torch.empty_like(probs, memory_format=torch.contiguous_format)

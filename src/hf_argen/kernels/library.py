@@ -6,9 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
-NAMESPACE = (
-    "hf_argen"  # torch.ops.hf_argen; another one in repositories of kernels, so that both can be loaded
-)
+# torch.ops.hf_argen; repositories of kernels have another one, so that both can be loaded.
+NAMESPACE = "hf_argen"
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
