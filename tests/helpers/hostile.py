@@ -61,7 +61,9 @@ class Runs:
 
 
 def some_matrix(weights: dict[str, torch.Tensor]) -> str:
-    return next(key for key, tensor in weights.items() if tensor.ndim >= 2 and tensor.is_floating_point())
+    """The name of a matrix, or of a convolution where there is none."""
+    floats = {key: tensor for key, tensor in weights.items() if tensor.is_floating_point()}
+    return min((key for key in floats if floats[key].ndim >= 2), key=lambda key: floats[key].ndim)
 
 
 def header_of(path: Path) -> tuple[dict, bytes]:
