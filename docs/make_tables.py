@@ -104,7 +104,9 @@ def speculative_parts() -> str:
                 f"  - `{field.name}` (default `{field.default!r}`): {meanings[field.name]}"
                 for field in dataclasses.fields(cls)
             ]
-            rows.append("\n".join([f"- `{cls.__name__}`, stored as `{name}`. {' '.join(text.split())}", *options]))
+            rows.append(
+                "\n".join([f"- `{cls.__name__}`, stored as `{name}`. {' '.join(text.split())}", *options])
+            )
         parts.append("\n\n".join([rows[0], "\n".join(rows[1:])]))
     return "\n\n".join(parts)
 
