@@ -106,11 +106,12 @@ def fused_layer_norms(
 ) -> dict[str, Any]:
     """
     The weights of two norms as `preparation` of [`HeadedAttention.attend`], where a kernel does their work; empty where the
-    modules have to be called, because there is none or their weights are elsewhere (offloaded, sharded).
+    modules have to be called: there is no kernel, their weights are elsewhere (offloaded, sharded), or gradients are
+    needed, which tensor parallelism adds up where a module is called.
     """
     weights = (query_norm.weight, key_norm.weight)
     is_here = all(one.device == query.device and not hasattr(one, "to_local") for one in weights)
-    if not runs_kernel(query) or not is_here:
+    if not runs_kernel(query) or torch.is_grad_enabled() or not is_here:
         return {}
     return {
         "norm": "layer",
