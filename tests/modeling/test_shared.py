@@ -337,6 +337,7 @@ class TestTitokOfPixels(TestTitok):
             "quantization": "vae",
             "legacy": False,
             "pixel_decoder_config": None,
+            "latent_channels": 16,  # torch draws in sixteens: half batches then get the noise of the whole one
             "in_channels": 1,
             "decoder_patch_size": 4,
             "decoder_hidden_size": 24,
