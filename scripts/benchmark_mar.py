@@ -148,13 +148,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
 def sides(options: argparse.Namespace) -> list[tuple[str, Any]]:
     """Name and loader of every side, the authors' first."""
-    found: list[tuple[str, Any]] = []
-    if options.reference is not None:
-        found.append(("authors", lambda folder: theirs(options, folder)))
-    for name in options.dtype:
-        dtype = getattr(torch, name)
-        found.append((f"ours, {name}", lambda folder, dtype=dtype: ours(options, folder, dtype)))
-    return found
+    return benchmarking.sides(options, theirs, ours)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:

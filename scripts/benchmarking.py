@@ -416,6 +416,21 @@ def step_table(sides: Sequence[Side], labels: torch.Tensor, tokens: int, rates: 
     )
 
 
+def sides(
+    options: argparse.Namespace,
+    theirs: Callable[[argparse.Namespace, Path], Side],
+    ours: Callable[[argparse.Namespace, Path, torch.dtype], Side],
+) -> list[tuple[str, Callable[[Path], Side]]]:
+    """Name and loader of every side, the authors' first where there is a reference."""
+    found: list[tuple[str, Callable[[Path], Side]]] = []
+    if options.reference is not None:
+        found.append(("authors", lambda folder: theirs(options, folder)))
+    for name in options.dtype:
+        dtype = getattr(torch, name)
+        found.append((f"ours, {name}", lambda folder, dtype=dtype: ours(options, folder, dtype)))
+    return found
+
+
 def same_pictures(base: Side, other: Side, labels: torch.Tensor) -> None:
     """Prints how far the pictures of two sides differ."""
     largest = (base.draw(labels, 0).cpu() - other.draw(labels, 0).cpu()).abs().max().item()

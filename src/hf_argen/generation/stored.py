@@ -75,6 +75,28 @@ class Stored:
             )
         return found(**options)
 
+    @classmethod
+    def resolve(cls, given: "Self | dict[str, Any] | str") -> Self:
+        """
+        One from what users write: an instance, its stored dict or its name.
+
+        Raises:
+            ValueError: unknown name or option.
+            TypeError: none of these.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls.from_dict({"type": given})
+        if isinstance(given, dict):
+            return cls.from_dict(given)
+        raise TypeError(cls.misfit(repr(given) if isinstance(given, type) else f"a {type(given).__name__}"))
+
+    @classmethod
+    def misfit(cls, found: str) -> str:
+        """What to say of something that is none of this kind."""
+        raise NotImplementedError
+
 
 class Part(Stored):
     """
@@ -109,19 +131,5 @@ class Part(Stored):
         return known[name]
 
     @classmethod
-    def resolve(cls, given: "Self | dict[str, Any] | str") -> Self:
-        """
-        A part from what users write: an instance, its stored dict or its name.
-
-        Raises:
-            ValueError: unknown name or option.
-            TypeError: none of these.
-        """
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, str):
-            return cls.from_dict({"type": given})
-        if isinstance(given, dict):
-            return cls.from_dict(given)
-        found = repr(given) if isinstance(given, type) else f"a {type(given).__name__}"
-        raise TypeError(f"The {cls.kind} is {found}; give one of {', '.join(sorted(cls.known()))}.")
+    def misfit(cls, found: str) -> str:
+        return f"The {cls.kind} is {found}; give one of {', '.join(sorted(cls.known()))}."

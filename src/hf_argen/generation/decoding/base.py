@@ -168,6 +168,10 @@ class Decoding(Stored, ABC):
         stored = getattr(generation_config, "decoding", None)
         return None if stored is None else resolve(stored)
 
+    @classmethod
+    def misfit(cls, found: str) -> str:
+        return f"decoding is {found}; give an instance of a Decoding, its name or its stored dict."
+
     def store(self, generation_config: GenerationConfig) -> None:
         """Makes this the decoding that a model with this generation configuration uses, also after saving."""
         generation_config.decoding = self.to_dict()
@@ -175,18 +179,5 @@ class Decoding(Stored, ABC):
 
 
 def resolve(decoding: "Decoding | dict[str, Any] | str") -> Decoding:
-    """
-    A decoding from what users write: an instance, its stored dict or its name.
-
-    Raises:
-        ValueError: unknown name or option.
-        TypeError: none of these.
-    """
-    if isinstance(decoding, Decoding):
-        return decoding
-    if isinstance(decoding, str):
-        return Decoding.from_dict({"type": decoding})
-    if isinstance(decoding, dict):
-        return Decoding.from_dict(decoding)
-    found = repr(decoding) if isinstance(decoding, type) else f"a {type(decoding).__name__}"
-    raise TypeError(f"decoding is {found}; give an instance of a Decoding, its name or its stored dict.")
+    """A decoding from what users write; see `Stored.resolve`."""
+    return Decoding.resolve(decoding)
