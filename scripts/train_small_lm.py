@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_argen.training import training_arguments
+from hf_argen.training import MuonWithAdamW, training_arguments
 
 END = "<|endoftext|>"
 VOCABULARY = 4096
@@ -43,6 +43,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 WINDOW = 512
+WEIGHT_DECAY = 0.1
 HELD_OUT = 20  # one module of so many
 LEFT_OUT = {"site-packages", "__pycache__", "ensurepip", "test", "tests", "idle_test", "lib2to3"}
 SUFFIXES = {".py", ".txt", ".rst", ".html"}
@@ -178,8 +179,6 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Ll
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup_steps,
-        weight_decay=0.1,
-        adam_beta2=0.95,
         bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
         save_steps=options.save_steps,
@@ -197,6 +196,7 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Ll
         arguments,
         train_dataset=Windows(np.load(options.output / "train.npy"), options.window),
         eval_dataset=Windows(held_out, options.window),
+        optimizers=(MuonWithAdamW(model, options.learning_rate, weight_decay=WEIGHT_DECAY), None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     loss = trainer.evaluate()["eval_loss"]
@@ -213,10 +213,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/small-lm"))
     parser.add_argument("--vocab-size", type=int, default=VOCABULARY)
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a row of the batch")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--max-steps", type=int, default=-1, help="in place of epochs")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--save-steps", type=int, default=200)
     parser.add_argument("--eval-windows", type=int, default=100)

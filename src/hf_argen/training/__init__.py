@@ -2,7 +2,15 @@
 
 from .arguments import training_arguments
 from .epochs import EpochCallback
+from .muon import MuonWithAdamW
 from .randomness import RandomnessAnnealing
 from .token_files import TokenDataset, TokenWriter
 
-__all__ = ["EpochCallback", "RandomnessAnnealing", "TokenDataset", "TokenWriter", "training_arguments"]
+__all__ = [
+    "EpochCallback",
+    "MuonWithAdamW",
+    "RandomnessAnnealing",
+    "TokenDataset",
+    "TokenWriter",
+    "training_arguments",
+]
