@@ -7,10 +7,11 @@ tokens is made, then the text is cut to windows. A run that was killed goes on f
 command is given again.
 
     python scripts/train_small_lm.py --output runs/small-lm
+    python scripts/train_small_lm.py --output runs/small-lm --name draft --hidden-size 128 --layers 2
 
-Writes OUTPUT/model (bfloat16, with tokenizer), OUTPUT/train.npy and OUTPUT/held_out.npy (token ids), and
-OUTPUT/prompts.jsonl: beginnings of held-out functions and documentation in Spec-Bench's form, for
-benchmark_speculative.py.
+The second is a model that drafts for the first. Writes OUTPUT/NAME (bfloat16, with tokenizer), OUTPUT/train.npy and
+OUTPUT/held_out.npy (token ids), and OUTPUT/prompts.jsonl: beginnings of held-out functions and documentation in
+Spec-Bench's form, for benchmark_speculative.py.
 """
 
 import argparse
@@ -33,12 +34,8 @@ from hf_argen.training import MuonWithAdamW, training_arguments
 
 END = "<|endoftext|>"
 VOCABULARY = 4096
+HEAD_DIM = 64
 MODEL = {
-    "hidden_size": 320,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
-    "intermediate_size": 864,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
@@ -158,18 +155,26 @@ def prepare(options: argparse.Namespace, root: Path | None = None) -> PreTrained
     return tokenizer
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> LlamaForCausalLM:
     """The model before its training."""
     end = tokenizer.eos_token_id
+    width = options.hidden_size
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": round(2.7 * width / 32) * 32,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": width // HEAD_DIM,
+        "num_key_value_heads": width // HEAD_DIM,
+    }
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **MODEL, **ids))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**shape, **MODEL}, **ids))
 
 
 def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Trains, or goes on with the training in the output folder."""
     torch.manual_seed(options.seed)
-    model = build(tokenizer)
-    folder = options.output / "training"
+    model = build(tokenizer, options)
+    folder = options.output / f"training-{options.name}"
     arguments = training_arguments(
         folder,
         num_train_epochs=options.epochs,
@@ -212,6 +217,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/small-lm"))
     parser.add_argument("--vocab-size", type=int, default=VOCABULARY)
+    parser.add_argument(
+        "--name", default="model", help="of the folder in OUTPUT, to train several on the same ids"
+    )
+    parser.add_argument("--hidden-size", type=int, default=320, help=f"a multiple of {HEAD_DIM}")
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a row of the batch")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--max-steps", type=int, default=-1, help="in place of epochs")
@@ -230,7 +240,7 @@ def main() -> None:
     options = parse()
     tokenizer = prepare(options)
     model = train(options, tokenizer).to(torch.bfloat16).eval()
-    folder = options.output / "model"
+    folder = options.output / options.name
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
