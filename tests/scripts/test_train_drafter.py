@@ -77,7 +77,7 @@ def test_whole_modules_are_held_out(small, library):
 
 def test_the_model_is_trained_and_goes_on(small, capsys):
     script, folder, options = small
-    assert (folder / "training" / "checkpoint-4").is_dir()
+    assert (folder / "training-model" / "checkpoint-4").is_dir()
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     again = script.train(options, AutoTokenizer.from_pretrained(folder / "model"))  # nothing is left to do
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
