@@ -1,161 +1,37 @@
 """
-Trains a drafter for a language model: Medusa's heads (arXiv 2401.10774) or EAGLE (arXiv 2401.15077).
+Trains a drafter for a language model: Medusa's heads (arXiv 2401.10774), EAGLE (arXiv 2401.15077) or EAGLE-3 (arXiv
+2503.01840).
 
-The hidden states of the language model are computed once and kept on disk, so the training itself reads only these. Both
-stages show their progress and go on where they were when the same command is given again after a kill.
+The hidden states of the language model are computed once and kept on disk, so the training itself reads only these. With
+--generate the language model also continues windows of the text itself, greedily: a drafter is to foresee what the model
+writes, which is not what people wrote. EAGLE learns on several of its own steps (--steps), as it will draft. All stages
+show their progress and go on where they were when the same command is given again after a kill.
 
-    python scripts/train_drafter.py runs/small-lm/model --method eagle --data runs/small-lm/train.npy --output runs/eagle
+    python scripts/train_drafter.py runs/small-lm/model --method eagle --data runs/small-lm/train.npy --generate 2000 \\
+        --output runs/eagle
     python scripts/train_drafter.py MODEL --method medusa --data text.txt more.txt --output runs/medusa
-    python scripts/train_drafter.py MODEL --method eagle --data datasets:wikitext/wikitext-2-raw-v1 --output runs/eagle
+    python scripts/train_drafter.py MODEL --method eagle3 --data datasets:wikitext/wikitext-2-raw-v1 --output runs/eagle3
 
 Data: token ids of this model's tokenizer (.npy, one row of integers), text files, or a data set of `datasets` with a
-column "text". The result is OUTPUT/drafter, for `SpeculativeDecoding`.
+column "text". The result is OUTPUT/drafter, for `SpeculativeDecoding`. The defaults suit a model of ten million
+parameters on two CPU cores; a larger one wants --dtype bfloat16, --learning-rate 1e-4, and all of its own writing.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import Dataset
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from drafter_training import EagleTrainer, Features, HiddenStates, MedusaTrainer, continuations, read_ids
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_argen import Eagle, EagleConfig, MedusaHeads, MedusaHeadsConfig
 from hf_argen.training import training_arguments
 
-NOISE = 0.2  # width of the uniform noise on the features that EAGLE reads while it learns
-TOKEN_WEIGHT = 0.1  # of the loss on tokens beside that on features
-
-
-# Data
-
-
-def read_ids(sources: list[str], model: str) -> np.ndarray:
-    """All data as one row of token ids."""
-    rows = []
-    for source in sources:
-        if source.endswith(".npy"):
-            rows.append(np.load(source).reshape(-1))
-            continue
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for text in read_texts(source):
-            rows.append(np.array(tokenizer(text)["input_ids"] + end))  # noqa: PERF401
-    return np.concatenate(rows).astype(np.int64)
-
-
-def read_texts(source: str) -> list[str]:
-    """The texts of a file, or of a data set named `datasets:NAME` or `datasets:NAME/CONFIGURATION`."""
-    if not source.startswith("datasets:"):
-        return [Path(source).read_text(encoding="utf-8")]
-    from datasets import load_dataset
-
-    name, _, configuration = source.removeprefix("datasets:").rpartition("/")
-    arguments = (name, configuration) if name else (configuration,)
-    return [row["text"] for row in load_dataset(*arguments, split="train") if row["text"].strip()]
-
-
-class HiddenStates:
-    """
-    Hidden states of the last layer after the last norm, of windows of text, in one file that grows window by window.
-
-    Args:
-        folder: where the file is, with the number of windows that are done.
-        ids: (windows, length) int64.
-        hidden_size: of the language model.
-    """
-
-    def __init__(self, folder: Path, ids: np.ndarray, hidden_size: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.ids, self.state = ids, folder / "done.json"
-        shape = (*ids.shape, hidden_size)
-        found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.is_file() else None
-        if found is not None and found["shape"] != list(shape):
-            raise ValueError(
-                f"{str(folder)!r} holds hidden states of the shape {found['shape']}, this run has {list(shape)}; give "
-                "another --output, or the options of the run that began there."
-            )
-        self.done = 0 if found is None else found["done"]
-        self.states = np.lib.format.open_memmap(
-            folder / "states.npy", mode="r+" if found else "w+", dtype=np.float16, shape=shape
-        )
-        self._write(self.done)
-
-    def _write(self, done: int) -> None:
-        self.done = done
-        self.states.flush()
-        text = json.dumps({"shape": list(self.states.shape), "done": done})
-        self.state.write_text(text, encoding="utf-8")
-
-    @torch.no_grad()
-    def compute(self, model: PreTrainedModel, batch_size: int) -> None:
-        """Computes what is missing."""
-        total = len(self.ids)
-        with tqdm(total=total, initial=self.done, desc="hidden states", unit="window") as bar:
-            while self.done < total:
-                rows = slice(self.done, min(self.done + batch_size, total))
-                ids = torch.from_numpy(self.ids[rows]).to(model.device)
-                output = model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-                self.states[rows] = output.hidden_states[-1].to(torch.float16).cpu().numpy()
-                bar.update(rows.stop - rows.start)
-                self._write(rows.stop)
-
-
-class Features(Dataset):
-    """Windows with their hidden states."""
-
-    def __init__(self, cached: HiddenStates, rows: range):
-        self.cached, self.rows = cached, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.rows[index]
-        states = torch.from_numpy(np.array(self.cached.states[row])).float()
-        return {"hidden_states": states, "labels": torch.from_numpy(self.cached.ids[row])}
-
-
-# Training
-
-
-class EagleTrainer(Trainer):
-    """
-    The drafted feature of the next position against the language model's, and the distribution that its head makes of
-    one against that of the other.
-
-    Args:
-        target: the language model, whose embeddings and head are used and stay as they are.
-    """
-
-    def __init__(self, *args: Any, target: PreTrainedModel, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.embed = target.get_input_embeddings().float().requires_grad_(False)
-        self.head = target.get_output_embeddings().float().requires_grad_(False)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        states, ids = inputs["hidden_states"], inputs["labels"]
-        features = states[:, :-1]
-        if model.training:
-            features = features + NOISE * (torch.rand_like(features) - 0.5)
-        output = model(features, inputs_embeds=self.embed(ids[:, 1:]))
-        wanted, drafted = states[:, 1:], output.last_hidden_state
-        with torch.no_grad():
-            distribution = self.head(wanted).softmax(dim=-1)
-        tokens = -(distribution * self.head(drafted).float().log_softmax(dim=-1)).sum(dim=-1).mean()
-        loss = F.smooth_l1_loss(drafted, wanted) + TOKEN_WEIGHT * tokens
-        return (loss, output) if return_outputs else loss
+HELD_OUT = 0.02  # share of the windows
+MOST_DRAFT_TOKENS = 32000  # that EAGLE-3 drafts unless told otherwise, as the authors'
 
 
 def new_heads(target: PreTrainedModel, options: argparse.Namespace) -> MedusaHeads:
@@ -175,28 +51,40 @@ def new_heads(target: PreTrainedModel, options: argparse.Namespace) -> MedusaHea
     return heads
 
 
-def new_eagle(target: PreTrainedModel, options: argparse.Namespace) -> Eagle:
-    """One layer of the language model's sizes, which shares its embeddings."""
+def new_eagle(target: PreTrainedModel, options: argparse.Namespace, ids: np.ndarray) -> Eagle:
+    """Layers of the language model's sizes, which share its embeddings; version 1 its head too."""
     config = target.config.get_text_config()
     heads = config.num_attention_heads
-    return Eagle(
+    is_third = options.method == "eagle3"
+    draft_vocab = min(options.draft_vocab or MOST_DRAFT_TOKENS, config.vocab_size) if is_third else None
+    eagle = Eagle(
         EagleConfig(
+            version=3 if is_third else 1,
             hidden_size=config.hidden_size,
             intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            num_hidden_layers=1 if is_third else options.layers,
             num_attention_heads=heads,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             max_position_embeddings=config.max_position_embeddings,
             vocab_size=config.vocab_size,
+            draft_vocab_size=draft_vocab,
+            feature_layers=options.feature_layers if is_third else None,
             has_embedding=False,
         )
     )
+    if is_third:
+        weight = target.get_output_embeddings().weight.data
+        if eagle.draft_ids is not None:
+            frequent = np.bincount(ids.reshape(-1), minlength=config.vocab_size).argsort()[::-1]
+            chosen = torch.from_numpy(np.sort(frequent[:draft_vocab]))
+            eagle.d2t.copy_(chosen - torch.arange(draft_vocab))
+            weight = weight[chosen.to(weight.device)]
+        eagle.lm_head.weight.data.copy_(weight)
+    return eagle
 
 
-def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
-    """Both stages."""
-    target = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    target.to(device)
+def read_windows(target: PreTrainedModel, options: argparse.Namespace) -> tuple[np.ndarray, list[int]]:
+    """(windows, length) int64: those of the text, then those that the model wrote; and which are held out."""
     ids = read_ids(options.data, options.model)
     number = min(len(ids) // options.window, options.windows or len(ids))
     if number < 2:
@@ -206,17 +94,52 @@ def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
     if ids.max() >= target.config.get_text_config().vocab_size:
         raise ValueError(f"The data has the token {ids.max()}, which {options.model!r} does not know.")
     windows = ids[: number * options.window].reshape(number, options.window)
-    cached = HiddenStates(
-        options.output / "hidden-states", windows, target.config.get_text_config().hidden_size
+    held_out = max(1, int(HELD_OUT * number))
+    if not options.generate:
+        return windows, list(range(number - held_out, number))
+    length = options.prompt or max(options.window // 3, 1)
+    if not 1 <= length < options.window:
+        raise ValueError(f"--prompt is {length}; it must be at least 1 and below --window, {options.window}.")
+    # Prompts begin where no window of the text does, all over the data, the held-out ones in its held-out end.
+    starts = np.linspace(0, len(ids) - length, options.generate).astype(np.int64)
+    prompts = np.stack([ids[start : start + length] for start in starts])
+    own = continuations(
+        options.output / "generated", target, prompts, options.window, options.generate_batch_size
     )
-    cached.compute(target, options.batch_size)
+    kept = windows[: number - held_out]
+    both = np.concatenate([kept, own])
+    return both, list(range(len(both) - max(1, int(HELD_OUT * len(own))), len(both)))
 
+
+def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
+    """All stages."""
+    target = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target.to(device)
+    windows, held_out = read_windows(target, options)
     torch.manual_seed(options.seed)
-    held_out = max(1, int(0.02 * number))
-    is_eagle = options.method == "eagle"
-    model = (new_eagle if is_eagle else new_heads)(target, options)
+    model: MedusaHeads | Eagle
+    if options.method == "medusa":
+        model, layers = new_heads(target, options), ()
+    else:
+        model = new_eagle(target, options, windows)
+        layers = model.config.read_layers(target.config.get_text_config().num_hidden_layers)
+    layers = layers if layers[-1:] == (-1,) else (*layers, -1)
+    width = len(layers) * target.config.get_text_config().hidden_size
+    cached = HiddenStates(options.output / "hidden-states", windows, width, layers)
+    cached.compute_from(target, options.batch_size)
     folder = options.output / "training"
-    arguments = training_arguments(
+    trainer = trainer_of(model, target, cached, held_out, arguments_of(folder, device, options), options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    print(f"Held-out loss: {trainer.evaluate()['eval_loss']:.4f}")
+    shares = ", ".join(f"{share:.3f}" for share in trainer.agreement())
+    print(f"Held-out drafts that are right, the first, the second, ...: {shares}")
+    return model
+
+
+def arguments_of(folder: Path, device: str, options: argparse.Namespace) -> Any:
+    """For `Trainer`."""
+    return training_arguments(
         folder,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
@@ -225,6 +148,7 @@ def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup_steps,
+        adam_beta2=0.95,
         max_grad_norm=0.5,
         bf16=options.bf16,
         use_cpu=device == "cpu",
@@ -236,18 +160,25 @@ def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
         seed=options.seed,
         report_to="none",
     )
+
+
+def trainer_of(
+    model: MedusaHeads | Eagle,
+    target: PreTrainedModel,
+    cached: HiddenStates,
+    held_out: list[int],
+    arguments: Any,
+    options: argparse.Namespace,
+) -> Trainer:
+    """The trainer of a network on cached hidden states."""
     datasets = {
-        "train_dataset": Features(cached, range(number - held_out)),
-        "eval_dataset": Features(cached, range(number - held_out, number)),
+        "train_dataset": Features(cached, sorted(set(range(len(cached.ids))) - set(held_out))),
+        "eval_dataset": Features(cached, held_out),
     }
-    trainer = (
-        EagleTrainer(model, arguments, target=target, **datasets)
-        if is_eagle
-        else Trainer(model, arguments, **datasets)
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    print(f"Held-out loss: {trainer.evaluate()['eval_loss']:.4f}")
-    return model
+    if options.method == "medusa":
+        return MedusaTrainer(model, arguments, **datasets)
+    weights = {"steps": options.steps, "token_weight": options.token_weight}
+    return EagleTrainer(model, arguments, target=target, **weights, **datasets)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -255,12 +186,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="the language model, its folder or Hub repository")
-    parser.add_argument("--method", choices=("eagle", "medusa"), required=True)
+    parser.add_argument("--method", choices=("eagle", "eagle3", "medusa"), required=True)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--heads", type=int, default=4, help="of Medusa")
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, help="at most so many; default: all of the data")
+    parser.add_argument("--layers", type=int, default=1, help="of EAGLE; EAGLE-3 has one")
+    parser.add_argument("--steps", type=int, default=3, help="of its own that EAGLE learns on")
+    parser.add_argument("--token-weight", type=float, default=1.0, help="beside the features of EAGLE")
+    parser.add_argument("--draft-vocab", type=int, help="tokens that EAGLE-3 drafts, the most frequent ones")
+    parser.add_argument(
+        "--feature-layers", type=int, nargs=3, help="that EAGLE-3 reads; default: 2, L/2, L-3"
+    )
+    parser.add_argument("--window", type=int, default=384)
+    parser.add_argument("--windows", type=int, help="of the text, at most; default: all of the data")
+    parser.add_argument("--generate", type=int, default=0, help="windows that the model writes itself")
+    parser.add_argument("--prompt", type=int, help="tokens of text that it continues; default: a third")
+    parser.add_argument("--generate-batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--max-steps", type=int, default=-1, help="in place of epochs")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hf_argen
-from hf_argen import Eagle, MedusaHeads, SpeculativeDecoding
+from hf_argen import Eagle, EagleConfig, MedusaHeads, SpeculativeDecoding
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 FUNCTION = '''
@@ -90,19 +90,28 @@ def options_of(script, folder, method, output, *more):
     return script.parse([str(folder / "model"), "--method", method, *paths, *short.split(), *more])
 
 
-@pytest.mark.parametrize("method", ["medusa", "eagle"])
-def test_drafters_are_trained(small, load_script, method, tmp_path):
-    """The loss falls, a killed run ends like one that was not, and the drafter drafts for its model."""
+METHODS = {
+    "medusa": [],
+    "eagle": ["--steps", "2"],
+    "eagle3": ["--steps", "2", "--feature-layers", "0", "1", "2", "--draft-vocab", "120"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drafters_are_trained(small, load_script, method, tmp_path, capsys):
+    """A killed run ends like one that was not, says how many drafts are right, and the drafter drafts for its model."""
     _, folder, _ = small
     script = load_script("train_drafter")
-    whole = script.train(options_of(script, folder, method, tmp_path / "whole", "--max-steps", "6"))
+    more = ("--max-steps", "6", *METHODS[method])
+    whole = script.train(options_of(script, folder, method, tmp_path / "whole", *more))
+    assert "Held-out drafts that are right" in capsys.readouterr().out
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "training" / "checkpoint-6")
-    resumed = script.train(options_of(script, folder, method, tmp_path / "killed", "--max-steps", "6"))
+    resumed = script.train(options_of(script, folder, method, tmp_path / "killed", *more))
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, resumed.state_dict()[name], atol=1e-6), name
     whole.save_pretrained(tmp_path / "drafter")
-    network = (Eagle if method == "eagle" else MedusaHeads).from_pretrained(tmp_path / "drafter")
+    network = (MedusaHeads if method == "medusa" else Eagle).from_pretrained(tmp_path / "drafter")
     target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     ids = torch.from_numpy(np.load(folder / "held_out.npy")[:20].astype(np.int64))[None]
     plain = target.generate(ids, max_new_tokens=12, do_sample=False)
@@ -114,27 +123,77 @@ def test_drafters_are_trained(small, load_script, method, tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["medusa", "eagle"])
-def test_what_is_learnt(small, load_script, method, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_learnt(small, load_script, method, tmp_path, capsys):
+    """More of the held-out drafts are right after training than before."""
     _, folder, _ = small
     script = load_script("train_drafter")
-    losses = []
-    for steps in ("1", "30"):
-        options = options_of(
-            script, folder, method, tmp_path / steps, "--max-steps", steps, "--learning-rate", "3e-3"
-        )
-        model = script.train(options).eval()
-        target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-        states = script.HiddenStates(tmp_path / steps / "hidden-states", cached_ids(folder), 32)
-        batch = [script.Features(states, range(24))[i] for i in range(24)]
-        hidden, ids = (torch.stack([one[name] for one in batch]) for name in ("hidden_states", "labels"))
+    shares = []
+    for steps, rate in (("1", "1e-9"), ("40", "5e-3")):
+        more = ("--max-steps", steps, "--learning-rate", rate, *METHODS[method])
+        script.train(options_of(script, folder, method, tmp_path / steps, *more))
+        line = capsys.readouterr().out.split("right, the first, the second, ...: ")[1].splitlines()[0]
+        shares.append([float(share) for share in line.split(", ")])
+    assert all(0 <= share <= 1 for both in shares for share in both)
+    assert sum(shares[1]) > sum(shares[0])
+
+
+def test_the_steps_of_training_are_those_of_drafting(load_script):
+    """
+    What EAGLE sees on its own second and third step is what it sees when it drafts: the features of the language model
+    up to a place, and its own after it.
+    """
+    script = load_script("drafter_training")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 30}
+    for version, width in ((1, 16), (3, 48)):
+        eagle = Eagle(EagleConfig(version=version, **sizes, initializer_range=0.3)).eval()
+        features, embeds = torch.randn(1, 7, width), torch.randn(1, 7, 16)
         with torch.no_grad():
-            if method == "medusa":
-                losses.append(float(model(hidden, labels=ids).loss))
-            else:
-                drafted = model(hidden[:, :-1], inputs_embeds=target.get_input_embeddings()(ids[:, 1:]))
-                losses.append(float((drafted.last_hidden_state - hidden[:, 1:]).abs().mean()))
-    assert losses[1] < 0.9 * losses[0]
+            steps = list(script.unrolled(eagle, features, embeds, 3))
+            for place in (3, 5):  # the last of the language model's features
+                cache = DynamicCache()
+                known = eagle(
+                    features[:, : place + 1],
+                    inputs_embeds=embeds[:, : place + 1],
+                    attention_mask=script.unrolled_mask(place + 1, 0, embeds),
+                    past_key_values=cache,
+                ).last_hidden_state[:, -1:]
+                assert torch.allclose(steps[0][:, place], known[:, 0], atol=1e-5)
+                for step in (1, 2):
+                    if place + step == 7:
+                        break
+                    known = eagle(
+                        known,
+                        inputs_embeds=embeds[:, place + step : place + step + 1],
+                        position_ids=torch.tensor([[place + step]]),
+                        past_key_values=cache,
+                    ).last_hidden_state
+                    assert torch.allclose(steps[step][:, place + step], known[:, 0], atol=1e-5)
+
+
+def test_the_model_writes_windows(small, load_script, tmp_path):
+    """The continuations are the model's own, and a killed run goes on."""
+    _, folder, _ = small
+    script = load_script("train_drafter")
+    more = ("--generate", "10", "--prompt", "12", "--generate-batch-size", "4", "--max-steps", "1")
+    options = options_of(script, folder, "eagle", tmp_path, *more)
+    target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    windows, held_out = script.read_windows(target, options)
+    assert windows.shape == (24 - 1 + 10, 32) and held_out == [32]
+    ids = torch.from_numpy(windows[-3:])
+    with torch.no_grad():
+        assert torch.equal(target(ids).logits[:, 11:-1].argmax(dim=-1), ids[:, 12:])
+    state = tmp_path / "generated" / "done.json"
+    state.write_text(state.read_text().replace('"done": 10', '"done": 8'))
+    again, _ = script.read_windows(target, options)
+    assert np.array_equal(again, windows)
+    options.prompt = 13
+    with pytest.raises(ValueError, match="generated windows of the prompt tokens 12, this run has 13"):
+        script.read_windows(target, options)
+    options.prompt = 32
+    with pytest.raises(ValueError, match="--prompt is 32; it must be at least 1 and below --window, 32"):
+        script.read_windows(target, options)
 
 
 def cached_ids(folder):
@@ -146,20 +205,23 @@ def test_hidden_states_go_on_where_they_were(small, load_script, tmp_path):
     script = load_script("train_drafter")
     target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     ids = cached_ids(folder)
-    whole = script.HiddenStates(tmp_path / "whole", ids, 32)
-    whole.compute(target, 5)
-    part = script.HiddenStates(tmp_path / "part", ids, 32)
-    part.states[:8] = whole.states[:8]
-    part._write(8)
-    again = script.HiddenStates(tmp_path / "part", ids, 32)
+    whole = script.HiddenStates(tmp_path / "whole", ids, 64, (1, -1))
+    whole.compute_from(target, 5)
+    part = script.HiddenStates(tmp_path / "part", ids, 64, (1, -1))
+    part.rows[:8] = whole.rows[:8]
+    part.finish(8)
+    again = script.HiddenStates(tmp_path / "part", ids, 64, (1, -1))
     assert again.done == 8
-    again.compute(target, 5)
-    assert np.allclose(whole.states, again.states, atol=2e-3) and again.done == 24
+    again.compute_from(target, 5)
+    assert np.allclose(whole.rows, again.rows, atol=2e-3) and again.done == 24
     with torch.no_grad():
-        expected = target(torch.from_numpy(ids[-1:]), output_hidden_states=True).hidden_states[-1]
-    assert np.allclose(again.states[-1], expected[0].numpy(), atol=1e-2)
-    with pytest.raises(ValueError, match=r"holds hidden states of the shape \[24, 32, 32\]"):
-        script.HiddenStates(tmp_path / "part", ids[:3], 32)
+        states = target(torch.from_numpy(ids[-1:]), output_hidden_states=True).hidden_states
+    expected = torch.cat([states[1], states[-1]], dim=-1)
+    assert np.allclose(again.rows[-1], expected[0].numpy(), atol=1e-2)
+    with pytest.raises(ValueError, match=r"holds hidden states of the shape \[24, 32, 64\]"):
+        script.HiddenStates(tmp_path / "part", ids[:3], 64, (1, -1))
+    with pytest.raises(ValueError, match=r"of the layers \[1, -1\], this run has \[0, -1\]"):
+        script.HiddenStates(tmp_path / "part", ids, 64, (0, -1))
 
 
 def test_bad_data(small, load_script, tmp_path):

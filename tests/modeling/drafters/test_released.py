@@ -13,6 +13,7 @@ from hf_argen import (
     Chain,
     DynamicTree,
     Eagle,
+    EagleConfig,
     ExactMatch,
     IndependentSequences,
     MedusaHeads,
@@ -384,6 +385,32 @@ def test_drafters_of_another_model(drafters):
             hf_argen.generate(model, SpeculativeDecoding(networks[name]), **prompts(), max_new_tokens=3)
     with pytest.raises(ValueError, match="no embeddings of its own; give inputs_embeds"):
         networks["eagle3"](torch.zeros(1, 2, 96), input_ids=torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_which_layers_eagle3_reads():
+    """Those that its configuration names, on models too small for the authors' choice, too; none that are not there."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 40}
+    config = EagleConfig(version=3, feature_layers=[0, 1, -1], **sizes)
+    assert EagleConfig.from_dict(config.to_dict()).feature_layers == [0, 1, -1]
+    torch.manual_seed(0)
+    network = Eagle(config).eval()
+    small = language_model("llama", num_hidden_layers=2)
+    inputs = prompts(1)
+    plain = small.generate(**inputs, max_new_tokens=6, do_sample=False)
+    seen = []
+    network.fc.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    decoding = SpeculativeDecoding(network, Chain(2))
+    assert torch.equal(hf_argen.generate(small, decoding, **inputs, max_new_tokens=6), plain)
+    states = small(**inputs, output_hidden_states=True).hidden_states
+    assert torch.allclose(seen[0], torch.cat([states[0], states[1], states[2]], dim=-1), atol=1e-5)
+    network.config.feature_layers = [0, 1, 3]
+    with pytest.raises(
+        ValueError, match=r"reads the hidden states \[0, 1, 3\], but the language model has 2"
+    ):
+        hf_argen.generate(small, decoding, **inputs, max_new_tokens=6)
+    for version, layers in ((1, [0, 1, 2]), (3, [0, 1])):
+        with pytest.raises(ValueError, match="version 3 reads three layers"):
+            EagleConfig(version=version, feature_layers=layers, **sizes)
 
 
 def test_a_head_of_another_base_model_of_the_same_size(drafters, monkeypatch):

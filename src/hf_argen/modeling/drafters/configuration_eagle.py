@@ -19,6 +19,9 @@ class EagleConfig(PreTrainedConfig):
         vocab_size: of the language model.
         draft_vocab_size: tokens that version 3 drafts; `None` for all.
         target_hidden_size: of the language model.
+        feature_layers: which three of the language model's hidden states version 3 reads, as transformers counts them (0
+            goes into the first layer, -1 comes out of the last norm); `None` for the authors' choice, 2, half of the
+            layers and all but 3.
         rope_theta: base of the rotary frequencies.
         rope_factor: by how much positions are shrunk.
         fc_bias: whether the projection of version 1 has a bias.
@@ -43,6 +46,7 @@ class EagleConfig(PreTrainedConfig):
     vocab_size: int = 32000
     draft_vocab_size: int | None = None
     target_hidden_size: int | None = None
+    feature_layers: list[int] | None = None
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
     fc_bias: bool = True
@@ -67,9 +71,37 @@ class EagleConfig(PreTrainedConfig):
                 f"target_hidden_size is {self.target_hidden_size} and hidden_size {self.hidden_size}; in version 1, which "
                 "shares the language model's head, they must agree."
             )
+        if self.feature_layers is not None and (self.version == 1 or len(self.feature_layers) != 3):
+            raise ValueError(
+                f"feature_layers is {self.feature_layers} in version {self.version}; version 3 reads three layers, "
+                "version 1 the last one alone."
+            )
         super().__post_init__(**kwargs)
 
     @property
     def num_features(self) -> int:
         """Layers of the language model whose hidden states are read."""
         return 1 if self.version == 1 else 3
+
+    def read_layers(self, num_hidden_layers: int) -> tuple[int, ...]:
+        """
+        Which hidden states are read of a language model of so many layers.
+
+        Raises:
+            ValueError: it has too few.
+        """
+        if self.version == 1:
+            return (-1,)
+        if self.feature_layers is None:
+            if num_hidden_layers < 7:
+                raise ValueError(
+                    f"EAGLE-3 reads three layers of a model, which needs at least 7; this one has {num_hidden_layers}. "
+                    "Name others in feature_layers."
+                )
+            return (2, num_hidden_layers // 2, num_hidden_layers - 3)
+        if not all(-1 <= layer <= num_hidden_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"The Eagle reads the hidden states {self.feature_layers}, but the language model has {num_hidden_layers} "
+                "layers: it belongs to another base model."
+            )
+        return tuple(self.feature_layers)

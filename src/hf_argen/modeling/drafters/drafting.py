@@ -154,11 +154,7 @@ class EagleDrafter(NetworkDrafter):
 
     def check_fits(self, network: Any, model: Any) -> None:
         super().check_fits(network, model)
-        layers = _compat.text_config(model).num_hidden_layers
-        if network.config.version == 3 and layers < 7:
-            raise ValueError(
-                f"EAGLE-3 reads three layers of a model, which needs at least 7; this one has {layers}."
-            )
+        network.config.read_layers(_compat.text_config(model).num_hidden_layers)
         embeds = model.get_input_embeddings()
         width = getattr(embeds, "embedding_dim", network.config.hidden_size)
         if not network.config.has_embedding and width != network.config.hidden_size:
@@ -168,10 +164,7 @@ class EagleDrafter(NetworkDrafter):
             )
 
     def layers(self, model: Any) -> tuple[int, ...]:
-        if self.model.config.version == 1:
-            return (-1,)
-        number = _compat.text_config(model).num_hidden_layers
-        return (2, number // 2, number - 3)
+        return self.model.config.read_layers(_compat.text_config(model).num_hidden_layers)
 
     def open(self, request: Request, context: DraftContext) -> Drafting:
         if "inputs_embeds" in request.inputs:
