@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_argen import VarProcessor
 from hf_argen.data.emoji import EmojiCaptions, EmojiSet, to_uint8
-from hf_argen.training import EpochCallback, training_arguments
+from hf_argen.training import EpochCallback, MuonWithAdamW, training_arguments
 
 SIZE = 64
 WORD_PARTS = 2048
@@ -56,35 +56,31 @@ and keywords of the Unicode CLDR (Unicode License). A tenth of the captions was 
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast one stage trains."""
+    """How long and how fast one stage trains; with Muon for the matrices, or AdamW for all."""
 
     epochs: int
     learning_rate: float
     warmup_steps: int
     weight_decay: float
     batch_size: int
+    muon: bool = False
 
 
 @dataclass(frozen=True)
 class Corruption:
     """
     Random tokens in the pictures that a next-token model reads in training. Without them it soon knows its few pictures
-    by their first tokens, and hardly reads the caption.
+    by their first tokens, hardly reads the caption, and does not find back from a token that it would not have drawn.
 
     Args:
-        most: largest share of random tokens of a picture in the beginning, drawn for each anew.
-        until: part of the training after which that share has gone down to none.
-        blind: probability that a picture is nothing but random tokens, so that only the caption tells what it is.
+        most: largest share of random tokens of a picture; the share is drawn for each anew.
     """
 
     most: float
-    until: float
-    blind: float = 0.0
 
-    def __call__(self, ids: torch.Tensor, vocab_size: int, progress: float) -> torch.Tensor:
-        """Ids (batch, tokens) as they are read after `progress`, in [0, 1], of the training."""
-        share = self.most * max(0.0, 1 - progress / self.until) * torch.rand(len(ids), 1)
-        share = torch.where(torch.rand(len(ids), 1) < self.blind, 1.0, share)
+    def __call__(self, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Ids (batch, tokens) as they are read."""
+        share = self.most * torch.rand(len(ids), 1)
         return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
@@ -327,7 +323,7 @@ def train_generator(
         batch = torch.stack([row[kind] for row in rows])
         read = batch
         if corruption is not None:
-            read = corruption(batch, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
+            read = corruption(batch, tokenizer.config.codebook_size)
         return {kind: read, "labels": batch, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
@@ -340,9 +336,11 @@ def train_generator(
 
     captions = EmojiCaptions(emoji, options.seed, pictures=tokens, key=kind)
     periodic = PeriodicCallback(options.save_minutes, draw, options.sheets)
+    optimizer = MuonWithAdamW(model, stage.learning_rate, stage.weight_decay) if stage.muon else None
     trainer = Trainer(
         model,
         arguments(folder, stage, options, from_pixels=False),
+        optimizers=(optimizer, None),
         train_dataset=captions,
         data_collator=collate,
         callbacks=[EpochCallback(captions), *callbacks, periodic],

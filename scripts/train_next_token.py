@@ -15,7 +15,6 @@ The last is a small model that drafts for both. The results are the folders OUTP
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,8 @@ RAR = {
     "attention_dropout": 0.0,
     "text_embed_dim": 128,
 }
-ANNEALING = (0.125, 0.25)  # of the training; the paper's half and three quarters suit a longer one
-# Of the tokens that a model reads in training: first so that it learns to read the caption, then so that it finds its way
-# back from tokens that it would not have drawn.
-CORRUPTION = Corruption(most=0.6, until=0.4, blind=0.125)
-REFINEMENT = Corruption(most=0.5, until=math.inf)
+ANNEALING = (0.05, 0.1)  # of the training; the paper's half and three quarters suit a longer one
+CORRUPTION = Corruption(most=0.4)
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
@@ -109,13 +105,16 @@ SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k
 REVIVAL_PICTURES = 128
 TOKENIZER_STAGE = Stage(epochs=16, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGES = {
-    "llamagen": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "llamagen": Stage(
+        epochs=40, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=16, muon=True
+    ),
     "llamagen-drafter": Stage(
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
-    "rar": Stage(epochs=40, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32),
+    "rar": Stage(
+        epochs=35, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=16, muon=True
+    ),
 }
-REFINING_STAGE = Stage(epochs=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.02, batch_size=32)
 
 
 def build_tokenizer() -> LlamaGenVQModel:
@@ -196,7 +195,6 @@ def train(
     emoji: EmojiSet,
     tokenizer_stage: Stage,
     stage: Stage,
-    refining_stage: Stage,
     options: argparse.Namespace,
 ) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
     """All stages of a family; the tokenizer's is shared."""
@@ -212,12 +210,9 @@ def train(
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
-    if family.endswith("drafter"):  # reads what the model draws that it drafts for
-        train_generator(model, processor, emoji, stage, options, folder, callbacks)
-    else:
-        train_generator(model, processor, emoji, stage, options, folder, callbacks, CORRUPTION)
-        folder = options.output / f"refining-{family}"
-        train_generator(model, processor, emoji, refining_stage, options, folder, corruption=REFINEMENT)
+    # A drafter reads what the model draws that it drafts for.
+    corruption = None if family.endswith("drafter") else CORRUPTION
+    train_generator(model, processor, emoji, stage, options, folder, callbacks, corruption)
     return model, processor
 
 
@@ -234,7 +229,6 @@ def main() -> None:
         emoji,
         replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
         replace(stage, epochs=options.epochs or stage.epochs),
-        REFINING_STAGE,
         options,
     )
     model = model.to(torch.bfloat16)
