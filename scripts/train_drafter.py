@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_argen import Eagle, EagleConfig, MedusaHeads, MedusaHeadsConfig
-from hf_argen.training import training_arguments
+from hf_argen.training import MuonWithAdamW, training_arguments
 
 HELD_OUT = 0.02  # share of the windows
 MOST_DRAFT_TOKENS = 32000  # that EAGLE-3 drafts unless told otherwise, as the authors'
@@ -148,7 +148,6 @@ def arguments_of(folder: Path, device: str, options: argparse.Namespace) -> Any:
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=options.warmup_steps,
-        adam_beta2=0.95,
         max_grad_norm=0.5,
         bf16=options.bf16,
         use_cpu=device == "cpu",
@@ -175,10 +174,13 @@ def trainer_of(
         "train_dataset": Features(cached, sorted(set(range(len(cached.ids))) - set(held_out))),
         "eval_dataset": Features(cached, held_out),
     }
+    heads = [name for name, _ in model.named_modules() if name.endswith("lm_head")]
+    optimizer = MuonWithAdamW(model, options.learning_rate, output_layers=heads)
+    common = {**datasets, "optimizers": (optimizer, None)}
     if options.method == "medusa":
-        return MedusaTrainer(model, arguments, **datasets)
+        return MedusaTrainer(model, arguments, **common)
     weights = {"steps": options.steps, "token_weight": options.token_weight}
-    return EagleTrainer(model, arguments, target=target, **weights, **datasets)
+    return EagleTrainer(model, arguments, target=target, **weights, **common)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -112,7 +112,7 @@ STAGES = {
         epochs=20, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=32
     ),
     "rar": Stage(
-        epochs=35, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=16, muon=True
+        epochs=28, learning_rate=3e-3, warmup_steps=100, weight_decay=0.02, batch_size=16, muon=True
     ),
 }
 
