@@ -226,7 +226,7 @@ class ModelTests:
         _, changes = run(saving, type(self), self.saved_by_seed(4, tmp_path / "whole"), 3)
         expected = tensors_of(self.model_class.from_pretrained(tmp_path / "whole"))
         seen = []
-        for change in sorted(random.Random(0).sample(range(changes), 4)):
+        for change in random.Random(type(self).__name__).sample(range(changes), 2):  # others in every class
             place = self.saved_by_seed(4, tmp_path / str(change))
             assert kill_at_change(saving, (type(self), place, 3), change)
             try:
