@@ -151,6 +151,7 @@ def prepare(options: argparse.Namespace, root: Path | None = None) -> PreTrained
     lines = [json.dumps(question) for question in prompts(found[True], options.prompts)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     modules = sorted({module for module, _ in found[True]})
+    (folder / "held_out.json").write_text(json.dumps(modules), encoding="utf-8")
     print(f"Held out: {', '.join(modules)}")
     return tokenizer
 
@@ -170,8 +171,29 @@ def build(tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> Ll
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**shape, **MODEL}, **ids))
 
 
-def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Trains, or goes on with the training in the output folder."""
+def model_card(parameters: int, loss: float, held_out: str) -> str:
+    """README.md of the model folder."""
+    return f"""---
+license: psf-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama]
+---
+
+# A small language model of Python's own source
+
+A Llama with {parameters / 1e6:.1f} million parameters and {VOCABULARY} byte pairs, trained on the source and documentation
+of Python's standard library (copyright Python Software Foundation). It is made to measure speculative decoding on, not to
+be useful.
+
+Held out, whole modules of it: {held_out}. Loss there: {loss:.3f} nats a token.
+
+Made by `scripts/train_small_lm.py`.
+"""
+
+
+def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, float]:
+    """Trains, or goes on with the training in the output folder; also the loss on what was held out, nats a token."""
     torch.manual_seed(options.seed)
     model = build(tokenizer, options)
     folder = options.output / f"training-{options.name}"
@@ -205,10 +227,7 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Ll
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     loss = trainer.evaluate()["eval_loss"]
-    print(
-        f"Held-out loss: {loss:.3f} nats a token, {sum(p.numel() for p in model.parameters()):,} parameters"
-    )
-    return model
+    return model, loss
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -239,11 +258,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     tokenizer = prepare(options)
-    model = train(options, tokenizer).to(torch.bfloat16).eval()
+    model, loss = train(options, tokenizer)
+    model.to(torch.bfloat16).eval()
     folder = options.output / options.name
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    held_out = json.loads((options.output / "held_out.json").read_text(encoding="utf-8"))
+    card = model_card(model.num_parameters(), loss, ", ".join(held_out))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"Held-out loss: {loss:.3f} nats a token, {model.num_parameters():,} parameters")
     print(f"Written: {folder}")
 
 

@@ -51,7 +51,7 @@ def small(load_script, library, tmp_path_factory):
     short = "--vocab-size 300 --window 32 --max-steps 4 --save-steps 2 --batch-size 4 --eval-windows 4 --warmup-steps 1"
     options = script.parse(["--output", str(folder), "--prompts", "6", *short.split()])
     tokenizer = script.prepare(options, library)
-    model = script.train(options, tokenizer)
+    model, _ = script.train(options, tokenizer)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return script, folder, options
@@ -75,13 +75,17 @@ def test_whole_modules_are_held_out(small, library):
     assert [question["question_id"] for question in questions] == list(range(len(questions)))
 
 
-def test_the_model_is_trained_and_goes_on(small, capsys):
+def test_the_model_is_trained_and_goes_on(small):
     script, folder, options = small
     assert (folder / "training-model" / "checkpoint-4").is_dir()
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    again = script.train(options, AutoTokenizer.from_pretrained(folder / "model"))  # nothing is left to do
+    again, loss = script.train(
+        options, AutoTokenizer.from_pretrained(folder / "model")
+    )  # nothing is left to do
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert "Held-out loss" in capsys.readouterr().out
+    held_out = json.loads((folder / "held_out.json").read_text())
+    card = script.model_card(again.num_parameters(), loss, ", ".join(held_out))
+    assert f"{loss:.3f} nats" in card and all(module in card for module in held_out)
 
 
 def options_of(script, folder, method, output, *more):
