@@ -193,6 +193,7 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         "a cache that is filled already": cache is not None and cache.get_seq_length() > 0,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
+        "compile_config": config.compile_config is not None,
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "dola_layers": getattr(config, "dola_layers", None) is not None,
         "penalty_alpha": getattr(config, "penalty_alpha", None) is not None,

@@ -112,8 +112,9 @@ class ImageGenerationMixin(GenerationMixin):
                 step that changes them, then `end`.
             kwargs: options of [`~transformers.GenerationConfig`]: `do_sample`, `temperature`, `top_k`, `top_p` (0 or
                 1 is off), `guidance_scale` (the number of the paper, in its convention; 0 is off),
-                `num_return_sequences`, `max_new_tokens`, `return_dict_in_generate`, `output_logits`, ... Those that
-                mean nothing here, such as `num_beams`, are refused.
+                `num_return_sequences`, `max_new_tokens`, `return_dict_in_generate`, `output_logits`, `compile_config`
+                (steps run as compiled graphs, see docs/kernels.md), ... Those that mean nothing here, such as
+                `num_beams`, are refused.
 
         Returns:
             The generated ids (batch, tokens), or with `return_dict_in_generate=True` an [`ImageGenerationOutput`].
@@ -147,6 +148,8 @@ class ImageGenerationMixin(GenerationMixin):
         if config.do_sample:
             self.draw_ahead(batch_size, generator)
         predictor = self.predictor_class(self, self._guidance(config, guidance_schedule))
+        if config.compile_config is not None and not config.disable_compile:
+            chosen.compile(predictor, config.compile_config)
         num_steps = None if config.max_new_tokens is None else predictor.steps_for(config.max_new_tokens)
         config.guidance_scale = None  # the predictor guides; transformers' processor would do so once more
         processors, criteria = _compat.prepare_processors(

@@ -57,6 +57,7 @@ class NextScale(Decoding):
 
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     predictor_class: ClassVar[type[NextScalePredictor]] = NextScalePredictor
+    can_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.edit_mode not in ("tokens", "features"):

@@ -18,6 +18,7 @@ class NextToken(TokenLoop):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
 
     can_edit: ClassVar[bool] = True
+    can_compile: ClassVar[bool] = True
 
     def run(self, request: Request) -> DecodingResult:
         predictor: NextTokenPredictor = request.predictor

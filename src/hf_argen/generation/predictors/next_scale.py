@@ -96,14 +96,9 @@ class NextScalePredictor(Predictor):
         if tokens is not None and self.is_guided:
             tokens = tokens.repeat(2, 1, 1)
         strength: Any = self.guidance.strength(scale, self.num_scales) if self.is_guided else None
-        # The first scale makes room in the cache and computes what no scale changes, so it is not compiled.
-        run = self.run
-        if scale == 0:
-            run = uncompiled
-        elif self.steps is not None and self.is_guided:
-            strength = self._condition.new_full((), strength, dtype=torch.float32)  # not a constant of the graph
-        logits = run(
-            scale_step,
+        if self.steps is not None and self.is_guided:  # a tensor is no constant of the graph
+            strength = torch.full((), strength, device=self._condition.device)
+        arguments = (
             self.model,
             self._condition,
             tokens,
@@ -112,9 +107,13 @@ class NextScalePredictor(Predictor):
             self.scale_lengths[scale],
             strength,
         )
-        if scale == 0 and self.steps is not None:
-            self._cache.fix_addresses()
         self.calls += 1
+        if scale > 0:
+            return self.run(scale_step, *arguments)
+        # Never compiled: it makes room in the cache, and computes what no later scale changes.
+        logits = scale_step(*arguments)
+        if self.steps is not None:
+            self._cache.fix_addresses()
         return logits
 
     def commit(self, keep: torch.Tensor, count: torch.Tensor | None = None) -> None:
