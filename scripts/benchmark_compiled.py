@@ -33,7 +33,12 @@ def load(name: str, options: argparse.Namespace, layers: int, folder: Path) -> A
 
     own = {"var": benchmark_var, "mar": benchmark_mar}.get(name, benchmark_llamagen)
     shape = argparse.Namespace(
-        reference=None, model="B", layers=layers, depth=layers, base_channels=160, head_steps=options.head_steps
+        reference=None,
+        model="B",
+        layers=layers,
+        depth=layers,
+        base_channels=160,
+        head_steps=options.head_steps,
     )
     folder = folder / f"{name}-{layers}"
     own.prepare(shape, folder)

@@ -107,7 +107,13 @@ class CompiledSteps:
         return step.__qualname__, torch.is_inference_mode_enabled(), *map(signature, arguments)
 
     def lend_cache(
-        self, borrower: Any, num_layers: int, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        borrower: Any,
+        num_layers: int,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> PreallocatedCache:
         """An empty cache of fixed capacity, which comes back when `borrower` is no more."""
         free = self._caches.setdefault((num_layers, rows, capacity, dtype, device), [])
