@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..kernels.sample_logits import check_sampled
 from . import _compat, sampling
 from .decoding.base import Decoding, DecodingResult, Request, resolve
 from .devices import warn_of_slow_dtype
@@ -122,7 +123,7 @@ class ImageGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: a value out of range, an unknown keyword, a decoding that does not fit this model, weights
-                that give NaN.
+                that give NaN, logits processors that allow no token.
         """
         config = prepare_options(self, generation_config, kwargs)
         chosen = self._choose_decoding(decoding, config, kwargs)
@@ -204,6 +205,8 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _check_finite(self, result: DecodingResult) -> None:
         if bool(result.is_finite):
+            if result.best is not None:
+                check_sampled(result.best)
             return
         overflow = ", or float16 overflows: use dtype=torch.bfloat16" if self.dtype == torch.float16 else ""
         raise ValueError(

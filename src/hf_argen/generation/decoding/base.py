@@ -77,6 +77,8 @@ class DecodingResult:
         details: further fields of the output.
         is_finite: scalar bool tensor; False when the model produced NaN or infinity.
         has_nan: scalar bool tensor, whether it produced NaN, where that was looked for.
+        best: (batch,) float32, of the places that were drawn the lowest of the best scores after the logits processors:
+            -inf where no token was allowed, NaN where scores were; see `kernels.sample_logits.check_sampled`.
     """
 
     sequences: torch.Tensor
@@ -86,6 +88,7 @@ class DecodingResult:
     is_finite: torch.Tensor
     details: dict[str, Any] = field(default_factory=dict)
     has_nan: torch.Tensor | None = None
+    best: torch.Tensor | None = None
 
 
 @dataclass

@@ -93,6 +93,7 @@ class TokenLoop(Decoding):
             forward_calls=request.predictor.calls if calls is None else calls,
             is_finite=is_finite,
             details=details,
+            best=transcript.best,
         )
 
 
