@@ -23,6 +23,7 @@ import benchmark_var
 import benchmarking
 import torch
 from benchmarking import Side, in_turn, seconds
+from transformers.utils import logging as transformers_logging
 
 FAMILIES = ("var", "llamagen", "mar", "speculative")
 
@@ -121,6 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
+    transformers_logging.disable_progress_bar()
     benchmarking.report_machine(options)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.family:
