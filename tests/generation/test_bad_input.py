@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import hf_argen
 from hf_argen import NextScale, VarForImageGeneration
 
-from ..helpers.tiny import spread, text_tokenizer, text_var_config, tiny_var, var_config
+from ..helpers.language_models import language_model, prompts
+from ..helpers.tiny import spread, text_tokenizer, text_var_config, tiny_llamagen, tiny_var, var_config
 
 NAN, INF = math.nan, math.inf
 
@@ -321,6 +323,54 @@ def test_weights_that_give_nan(model, name, value):
     ):
         with pytest.raises(ValueError, match="produced NaN or infinite logits; its weights are damaged"):
             damaged.generate([1], **options)
+
+
+class Forbids:
+    """A logits processor that leaves the second picture of two no token, at every step or from one on."""
+
+    def __init__(self, value: float = -INF, first: int = 0):
+        self.value, self.first = value, first
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        if input_ids.shape[1] >= self.first:
+            scores[len(scores) // 2 :] = self.value
+        return scores
+
+
+DRAFTS = [None, "speculative_jacobi", "speculative_decoding"]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("decoding", ["next_scale", *DRAFTS])
+def test_rows_without_any_token(model, decoding, do_sample):
+    """Logits processors that forbid all tokens, or give NaN; nothing is said where they do so after the last token."""
+    one = model if decoding == "next_scale" else tiny_llamagen()
+    tokens = {"max_new_tokens": 5}
+    options = {"decoding": decoding, "do_sample": do_sample, **tokens}
+    for first in (0, 3) if one is not model else (0,):
+        for value, message in (
+            (-INF, "Row 1 allows no token, all its logits are -inf"),
+            (NAN, "Row 1 has logits"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                one.generate([1, 2], logits_processor=[Forbids(value, first)], **options)
+    free = one.generate([1, 2], logits_processor=[Forbids(first=5)], **options)
+    assert free.shape == (2, 5)
+
+
+@pytest.mark.parametrize("decoding", ["next_token", *DRAFTS[1:]])
+def test_rows_of_language_models_without_any_token(decoding):
+    inputs = {name: value[1:] for name, value in prompts().items()}
+    with pytest.raises(ValueError, match="Row 1 allows no token, all its logits are -inf"):
+        hf_argen.generate(
+            language_model(),
+            decoding,
+            **inputs,
+            logits_processor=[Forbids()],
+            max_new_tokens=3,
+            do_sample=True,
+        )
 
 
 def test_image_tokenizer_that_gives_nan(model):

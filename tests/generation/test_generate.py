@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 import hf_argen
 from hf_argen import Decoding, MultiScaleVQModel, NextScale, compatible_decodings
 
-from ..helpers.tiny import tiny_var, tokenizer_config
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_next_token, tiny_var, tokenizer_config
 
 PROMPTS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 OPTIONS = {
@@ -103,3 +103,12 @@ def test_values_of_numpy_and_tuples_are_stored_plainly():
     stored = {"type": "next_scale", "top_k": [3, 2, 1], "temperature": [0.5, 1.0, 1.0]}
     assert json.loads(json.dumps(decoding.to_dict())) == stored
     assert Decoding.from_dict(stored) == decoding
+
+
+@pytest.mark.parametrize("family", NEXT_TOKEN_FAMILIES)
+def test_static_cache_of_pictures(family):
+    """The prompt sees itself alone, not the empty places of the whole memory."""
+    model = tiny_next_token(family)
+    expected = model.generate([1, 2], guidance_scale=2.0, do_sample=False)
+    found = model.generate([1, 2], guidance_scale=2.0, do_sample=False, cache_implementation="static")
+    assert torch.equal(found, expected)

@@ -63,6 +63,18 @@ def tensor_parallel_group(model: PreTrainedModel) -> Any | None:
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
 
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """What keeps the passes of a model from being compiled in one graph; `None` if nothing does."""
+    if tensor_parallel_group(model) is not None:
+        return "it is split by tensor parallelism"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it is spread over several devices"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return "its quantization cannot be compiled"
+    return None
+
+
 class _LazyContent(dict):
     """Classes registered with an Auto class, written as dotted names and imported when they are asked for."""
 

@@ -218,6 +218,12 @@ class Combiner:
         """
         if self.constant is not None:
             return torch.add(unconditional, conditional - unconditional, alpha=1 + self.constant)
+        return self.at_each(conditional, unconditional, steps)
+
+    def at_each(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, steps: torch.Tensor
+    ) -> torch.Tensor:
+        """The same, without asking whether the strength is the same everywhere."""
         strength = self.strengths[steps.clamp(max=len(self.strengths) - 1)].unsqueeze(-1)
         guided = unconditional + (1 + strength) * (conditional - unconditional)
         return torch.where(strength == 0, conditional, guided)

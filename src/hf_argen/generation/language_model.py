@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..kernels.sample_logits import check_sampled
 from . import _compat
 from .predictors.language_model import LanguageModelPredictor
 from .sampling import Generators
@@ -177,6 +178,8 @@ def decode(
             f"{type(model).__name__} produced NaN: its weights are damaged, or too large for {model.dtype}; load it again, "
             "in bfloat16 or float32."
         )
+    if result.best is not None:
+        check_sampled(result.best)
     if streamer is not None:
         streamer.end()
     return _pack(result, input_ids, generation_config)
@@ -193,6 +196,7 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         "a cache that is filled already": cache is not None and cache.get_seq_length() > 0,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
+        "compile_config": config.compile_config is not None,
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "dola_layers": getattr(config, "dola_layers", None) is not None,
         "penalty_alpha": getattr(config, "penalty_alpha", None) is not None,

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import BaseStreamer
 from transformers.utils import ModelOutput
 
+from ..kernels.sample_logits import check_sampled
 from . import _compat, sampling
 from .decoding.base import Decoding, DecodingResult, Request, resolve
 from .devices import warn_of_slow_dtype
@@ -112,8 +113,9 @@ class ImageGenerationMixin(GenerationMixin):
                 step that changes them, then `end`.
             kwargs: options of [`~transformers.GenerationConfig`]: `do_sample`, `temperature`, `top_k`, `top_p` (0 or
                 1 is off), `guidance_scale` (the number of the paper, in its convention; 0 is off),
-                `num_return_sequences`, `max_new_tokens`, `return_dict_in_generate`, `output_logits`, ... Those that
-                mean nothing here, such as `num_beams`, are refused.
+                `num_return_sequences`, `max_new_tokens`, `return_dict_in_generate`, `output_logits`, `compile_config`
+                (steps run as compiled graphs, see docs/kernels.md), ... Those that mean nothing here, such as
+                `num_beams`, are refused.
 
         Returns:
             The generated ids (batch, tokens), or with `return_dict_in_generate=True` an [`ImageGenerationOutput`].
@@ -121,7 +123,7 @@ class ImageGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: a value out of range, an unknown keyword, a decoding that does not fit this model, weights
-                that give NaN.
+                that give NaN, logits processors that allow no token.
         """
         config = prepare_options(self, generation_config, kwargs)
         chosen = self._choose_decoding(decoding, config, kwargs)
@@ -147,6 +149,8 @@ class ImageGenerationMixin(GenerationMixin):
         if config.do_sample:
             self.draw_ahead(batch_size, generator)
         predictor = self.predictor_class(self, self._guidance(config, guidance_schedule))
+        if config.compile_config is not None and not config.disable_compile:
+            chosen.compile(predictor, config.compile_config)
         num_steps = None if config.max_new_tokens is None else predictor.steps_for(config.max_new_tokens)
         config.guidance_scale = None  # the predictor guides; transformers' processor would do so once more
         processors, criteria = _compat.prepare_processors(
@@ -201,6 +205,8 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _check_finite(self, result: DecodingResult) -> None:
         if bool(result.is_finite):
+            if result.best is not None:
+                check_sampled(result.best)
             return
         overflow = ", or float16 overflows: use dtype=torch.bfloat16" if self.dtype == torch.float16 else ""
         raise ValueError(

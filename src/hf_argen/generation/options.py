@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from . import _compat
+from .compilation import check_compile_config
 
 # Fields of transformers' GenerationConfig that mean something to a model without prompt tokens and end token.
 SUPPORTED = frozenset(
@@ -35,6 +36,7 @@ SUPPORTED = frozenset(
         "max_time",
         "use_cache",
         "cache_implementation",
+        "compile_config",
         "disable_compile",
         "output_logits",
         "return_dict_in_generate",
@@ -65,6 +67,8 @@ def prepare_options(
     stored = _set_options(model.generation_config)
     asked = stored | call
     check_values(asked, math.inf if model.clips_top_k else getattr(model.config, "vocab_size", None))
+    if asked.get("compile_config") is not None:
+        check_compile_config(asked["compile_config"])
     stored.pop(
         "eos_token_id", None
     )  # harmless where a model happens to store it; asked for, it must not be ignored

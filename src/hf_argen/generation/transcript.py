@@ -77,6 +77,7 @@ class Transcript:
         self.finished = [self.limit == 0] * self.batch_size
         self._pads_finished = any(isinstance(one, EosTokenCriteria) for one in self.stopping_criteria)
         self._published = 0
+        self.best = torch.zeros(self.batch_size, device=self.prompt.device)
         self.kept = {name: [[] for _ in range(self.batch_size)] for name in self.keeps}
 
     def _room(self, length: int) -> torch.Tensor:
@@ -191,6 +192,24 @@ class Transcript:
             own = scores[row : row + 1].repeat(self.batch_size, 1)
             parts.append(processors(ids, own)[row])
         return torch.stack(parts)
+
+    def note(self, scores: torch.Tensor, counts: Sequence[int] | None = None) -> None:
+        """
+        Remembers in `best` (batch,) float32 the lowest of the best scores that tokens were drawn from, which shows afterwards
+        whether a draw was possible everywhere.
+
+        Args:
+            scores: (batch, k, vocab_size), or of every place the best one (batch, k).
+            counts: from how many of the places each row took its token; default: from all, unless it has ended.
+        """
+        best = scores.amax(dim=-1) if scores.ndim == 3 else scores
+        width = best.shape[1]
+        if counts is None:
+            counts = [0 if ended else width for ended in self.finished]
+        if min(counts) < width:
+            taken = torch.tensor(counts, device=best.device)[:, None]
+            best = torch.where(torch.arange(width, device=best.device) < taken, best, 0.0)
+        self.best = torch.minimum(self.best, best.amin(dim=1))
 
     # Growth
 

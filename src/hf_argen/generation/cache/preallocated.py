@@ -111,6 +111,14 @@ class PreallocatedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.length, self.places = 0, None
 
+    def clear(self) -> None:
+        """As new, but for its memory, which stays where it is."""
+        self.reset()
+        self.whole, self.value_weights = False, None
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -147,6 +155,29 @@ class PreallocatedCache(Cache):
     def capacity(self) -> int:
         """Positions that fit without growing."""
         return self.layers[0].capacity
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch; `None` before the first update."""
+        first = self.layers[0]
+        return len(first.keys) if first.is_initialized else None
+
+    def show_whole(self) -> None:
+        """From now on attention gets all positions, see `whole`; a prompt is read before, over its own positions."""
+        for layer in self.layers:
+            layer.whole = True
+
+    def fix_addresses(self) -> None:
+        """Tells torch that the memory stays where it is, so that CUDA graphs may write to it."""
+        for layer in self.layers:
+            for memory in (layer.keys, layer.values):
+                torch._dynamo.mark_static_address(memory, guard=False)
+
+    def clear(self) -> None:
+        """Forgets everything; the memory of every layer stays where it is."""
+        self.memo = {}
+        for layer in self.layers:
+            layer.clear()
 
     def truncate(self, length: int) -> None:
         """Rolls every layer back to its first `length` positions."""

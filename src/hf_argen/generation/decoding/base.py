@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, ClassVar, Self
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from .. import _compat
@@ -77,6 +77,8 @@ class DecodingResult:
         details: further fields of the output.
         is_finite: scalar bool tensor; False when the model produced NaN or infinity.
         has_nan: scalar bool tensor, whether it produced NaN, where that was looked for.
+        best: (batch,) float32, of the places that were drawn the lowest of the best scores after the logits processors:
+            -inf where no token was allowed, NaN where scores were; see `kernels.sample_logits.check_sampled`.
     """
 
     sequences: torch.Tensor
@@ -86,6 +88,7 @@ class DecodingResult:
     is_finite: torch.Tensor
     details: dict[str, Any] = field(default_factory=dict)
     has_nan: torch.Tensor | None = None
+    best: torch.Tensor | None = None
 
 
 @dataclass
@@ -97,12 +100,14 @@ class Decoding(Stored, ABC):
         guarantee: see [`Guarantee`].
         knob: for relaxed decodings, the option that bounds the difference.
         predictor_class: the kind of predictor that it drives; a model fits when its own is of that kind.
+        can_compile: whether it takes a `compile_config`: its steps have shapes that do not depend on what is drawn.
     """
 
     kind: ClassVar[str] = "decoding"
     guarantee: ClassVar[Guarantee]
     knob: ClassVar[str | None] = None
     predictor_class: ClassVar[type[Predictor]]
+    can_compile: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, request: Request) -> DecodingResult:
@@ -161,6 +166,27 @@ class Decoding(Stored, ABC):
             raise ValueError(
                 f"{type(model).__name__} cannot be decoded by {self.type_name()!r}; it can by {fitting}."
             )
+
+    def compile(self, predictor: Predictor, config: CompileConfig) -> None:
+        """
+        Makes the steps of a predictor compiled ones.
+
+        Raises:
+            ValueError: a configuration, decoding or model with which that cannot be done.
+        """
+        from . import available
+
+        if not self.can_compile:
+            able = ", ".join(name for name, one in sorted(available().items()) if one.can_compile)
+            raise ValueError(
+                f"compile_config: steps of {self.type_name()!r} are not compiled, but those of {able} are; leave it out."
+            )
+        model = predictor.model
+        if problem := predictor.why_not_compiled() or _compat.why_not_compiled(model):
+            raise ValueError(
+                f"compile_config: steps of this {type(model).__name__} are not compiled, {problem}; leave it out."
+            )
+        predictor.compile(config)
 
     @classmethod
     def from_config(cls, generation_config: GenerationConfig | None) -> Self | None:

@@ -31,6 +31,7 @@ class CollaborativeNextScale(NextScale):
 
     guarantee: ClassVar[Guarantee] = Guarantee.RELAXED
     knob: ClassVar[str | None] = "draft_scales"
+    can_compile: ClassVar[bool] = False
 
     def check(self, request: Request) -> None:
         super().check(request)

@@ -57,6 +57,7 @@ class DraftAndVerify(TokenLoop):
         drafting = drafter.open(request, context)
         finite, has_nan = torch.isfinite(logits).all(), logits.isnan().any()
         scores = transcript.process(logits)
+        transcript.note(scores)
         verdict = Verdict(choose(scores, context.do_sample, context.generator), [])
         drafting.accept(verdict, transcript.append(verdict.tokens, logits=logits, scores=scores))
         gains: list[list[int]] = []
@@ -76,6 +77,7 @@ class DraftAndVerify(TokenLoop):
             verdict = rule.verify(scores, drafts, context)
             kept = (verdict.along(one) if transcript.keeps else None for one in (logits, scores))
             taken = transcript.append(verdict.tokens, verdict.count, *kept)
+            transcript.note(verdict.along(scores.amax(dim=-1, keepdim=True))[..., 0], taken)
             predictor.commit(verdict.kept_nodes(), taken)
             drafting.accept(verdict, taken)
             gains.append(taken)

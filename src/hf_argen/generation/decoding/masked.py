@@ -97,6 +97,7 @@ class Masked(Decoding):
 
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     predictor_class: ClassVar[type[MaskedPredictor]] = MaskedPredictor
+    can_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         steps = self.num_steps

@@ -27,6 +27,7 @@ class Trace:
     feature_maps: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     is_finite: torch.Tensor | None = None
+    best: torch.Tensor | None = None
     is_stopped: bool = False
 
     def sequences(self) -> torch.Tensor:
@@ -57,6 +58,7 @@ class NextScale(Decoding):
 
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     predictor_class: ClassVar[type[NextScalePredictor]] = NextScalePredictor
+    can_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.edit_mode not in ("tokens", "features"):
@@ -136,6 +138,8 @@ class NextScale(Decoding):
         """Ids (batch, tokens) of the scale and the codes (batch, tokens, channels) that enter the picture."""
         step, num_scales = predictor.step, predictor.num_scales
         scores = self.process(request, trace, logits, step)
+        best = scores.amax(dim=-1).amin(dim=1)
+        trace.best = best if trace.best is None else torch.minimum(trace.best, best)
         if not request.generation_config.do_sample:
             ids = scores.argmax(dim=-1)
             return ids, predictor.quantizer.embed(ids)
@@ -204,6 +208,7 @@ class NextScale(Decoding):
             forward_calls=forward_calls,
             is_finite=trace.is_finite,
             details=details,
+            best=trace.best,
         )
 
 

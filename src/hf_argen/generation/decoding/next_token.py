@@ -18,6 +18,7 @@ class NextToken(TokenLoop):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
 
     can_edit: ClassVar[bool] = True
+    can_compile: ClassVar[bool] = True
 
     def run(self, request: Request) -> DecodingResult:
         predictor: NextTokenPredictor = request.predictor
@@ -27,6 +28,7 @@ class NextToken(TokenLoop):
         while True:
             scores = transcript.process(logits[:, None])
             tokens = choose(scores[:, 0], request.generation_config.do_sample, request.generator)
+            transcript.note(scores)
             tokens = self.kept_or_drawn(request, tokens, transcript)
             transcript.append(tokens[:, None], logits=logits[:, None], scores=scores)
             if transcript.is_done:

@@ -49,6 +49,7 @@ class SpeculativeDecoding(DraftAndVerify):
     give_up_below: float | None = None
 
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT_IN_DISTRIBUTION
+    can_compile: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.drafter = None if self.drafter is None else resolve_drafter(self.drafter)

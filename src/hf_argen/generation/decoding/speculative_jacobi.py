@@ -88,6 +88,7 @@ class SpeculativeJacobi(TokenLoop):
         finite = torch.isfinite(logits).all()
         scores = transcript.process(logits)
         probs = self.probabilities(scores, request)
+        transcript.note(scores)
         transcript.append(categorical(probs, request.generator), logits=logits, scores=scores)
         drafts = Drafts(probs.new_zeros(len(probs), 0, dtype=torch.long), probs[:, :0], [0] * len(probs))
         gains: list[list[int]] = []
@@ -99,6 +100,7 @@ class SpeculativeJacobi(TokenLoop):
             probs = self.probabilities(scores, request)
             tokens, count, drafts = self.verify(probs, drafts, request)
             taken = transcript.append(tokens, count, logits, scores)
+            transcript.note(scores, taken)
             predictor.commit(count=taken)
             gains.append(taken)
         lengths = torch.tensor(gains, dtype=torch.long).view(-1, len(probs)).t()

@@ -58,6 +58,8 @@ class TokenLoop(Decoding):
             limit, streamer = config.max_length - prompt.shape[1], request.streamer
             pad = config.pad_token_id if config.pad_token_id is not None else 0
         predictor.reserve(limit + self.largest_draft, config.cache_implementation == "static")
+        if self.can_compile and config.compile_config is not None:
+            predictor.compile_for(self.largest_draft)
         asked = {"logits": config.output_logits, "scores": config.output_scores}
         if prompt.shape[1] == 0 and request.wants_details and self.largest_draft == 1:
             asked["logits"] = True
@@ -91,6 +93,7 @@ class TokenLoop(Decoding):
             forward_calls=request.predictor.calls if calls is None else calls,
             is_finite=is_finite,
             details=details,
+            best=transcript.best,
         )
 
 

@@ -1,9 +1,13 @@
 """The protocol that every decoding drives and every corridor implements."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from transformers import CompileConfig
+
+from ..compilation import CompiledSteps
 
 
 class Predictor(ABC):
@@ -18,13 +22,28 @@ class Predictor(ABC):
         capacity: tokens that fit.
         calls: forward calls of the model so far.
         default_decoding: name of the plain decoding of models with this predictor.
+        steps: the compiled steps of the model, where the request asks for them.
     """
 
     default_decoding: ClassVar[str]
 
+    model: Any
     length: torch.Tensor
     capacity: int
     calls: int
+    steps: CompiledSteps | None = None
+
+    def why_not_compiled(self) -> str | None:
+        """What keeps its steps from being compiled; `None` if nothing does."""
+        return None
+
+    def compile(self, config: CompileConfig) -> None:
+        """From now on steps run as compiled graphs; to be called before `prefill`."""
+        self.steps = CompiledSteps.of(self.model, config)
+
+    def run(self, step: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """`step(*arguments)`, compiled where the request asks for it; see [`CompiledSteps`]."""
+        return step(*arguments) if self.steps is None else self.steps(step, *arguments)
 
     @abstractmethod
     def prefill(self, inputs: dict[str, Any]) -> torch.Tensor:

@@ -50,6 +50,11 @@ class LanguageModelPredictor(NextTokenPredictor):
     def for_model(self, model: Any) -> "LanguageModelPredictor":
         return type(self)(model, self.guidance_scale, self.unconditional)
 
+    def why_not_compiled(self) -> str | None:
+        return (
+            "language models of transformers are compiled by their own generate(), without a decoding of ours"
+        )
+
     def most_tokens(self) -> int:
         return 0  # no grid to fill: `reserve` says how many
 

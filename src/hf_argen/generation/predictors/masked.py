@@ -94,24 +94,23 @@ class MaskedPredictor(Predictor):
         """
         if self.model.config.causal:
             return self._predict_next()
-        most = max(self.lengths)
-        # Known positions first, row by row of the picture.
-        visible = torch.argsort((~self._known).to(torch.uint8), dim=1, stable=True)[:, :most]
-        valid = None
-        if min(self.lengths) != most:
-            valid = torch.arange(most, device=visible.device) < self.length[:, None]
-            visible = torch.where(valid, visible, self.capacity)
-        seen = self._tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, self._tokens.shape[-1]))
-        if self.is_guided:
-            seen, visible = seen.repeat(2, 1, 1), visible.repeat(2, 1)
-            valid = None if valid is None else valid.repeat(2, 1)
-            positions = None if positions is None else positions.repeat(2, 1)
-        hidden = self.model.masked_hidden_states(seen, visible, self._conditions, valid)
+        is_even = min(self.lengths) == max(self.lengths)
+        hidden = self.run(
+            masked_step,
+            self.model,
+            self._tokens,
+            self._known,
+            max(self.lengths),
+            None if is_even else self.length,
+            self._conditions,
+            positions,
+            self.is_guided,
+        )
         self.calls += 1
-        if positions is None:
-            return hidden
-        places = positions.clamp(max=self.capacity - 1).unsqueeze(-1)
-        return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+        return hidden
+
+    def why_not_compiled(self) -> str | None:
+        return "a causal model has a longer past at every step" if self.model.config.causal else None
 
     def _predict_next(self) -> torch.Tensor:
         """Hidden states of the place after the known tokens, (rows, 1, dim)."""
@@ -171,3 +170,41 @@ class MaskedPredictor(Predictor):
         self._tokens, self._known = self._tokens[index], self._known[index]
         self.lengths = [self.lengths[row] for row in rows]
         self.batch_size = len(rows)
+
+
+def masked_step(
+    model: Any,
+    tokens: torch.Tensor,
+    known: torch.Tensor,
+    most: int,
+    lengths: torch.Tensor | None,
+    conditions: dict[str, torch.Tensor],
+    positions: torch.Tensor | None,
+    is_guided: bool,
+) -> torch.Tensor:
+    """
+    What the head draws from, (rows, n, dim).
+
+    Args:
+        tokens, known: (batch, tokens + 1, token_size) and (batch, tokens + 1) bool.
+        most, lengths: how many are known, at most, and in each row (batch,); `None`: as many in all.
+        positions: (batch, n), where to predict; `None`: everywhere.
+        is_guided: whether rows are paired with unconditional ones.
+    """
+    capacity = tokens.shape[1] - 1
+    # Known positions first, row by row of the picture.
+    visible = torch.argsort((~known).to(torch.uint8), dim=1, stable=True)[:, :most]
+    valid = None
+    if lengths is not None:
+        valid = torch.arange(most, device=visible.device) < lengths[:, None]
+        visible = torch.where(valid, visible, capacity)
+    seen = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    if is_guided:
+        seen, visible = seen.repeat(2, 1, 1), visible.repeat(2, 1)
+        valid = None if valid is None else valid.repeat(2, 1)
+        positions = None if positions is None else positions.repeat(2, 1)
+    hidden = model.masked_hidden_states(seen, visible, conditions, valid)
+    if positions is None:
+        return hidden
+    places = positions.clamp(max=capacity - 1).unsqueeze(-1)
+    return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))

@@ -56,7 +56,13 @@ class NextScalePredictor(Predictor):
         if self.is_guided:
             condition = torch.cat([condition, self.model.null_condition(self.batch_size)])
         self._condition = condition
-        self._cache = PreallocatedCache(self.model.config.num_hidden_layers, self.capacity, fixed=True)
+        layers, rows = self.model.config.num_hidden_layers, len(condition)
+        if self.steps is None:
+            self._cache = PreallocatedCache(layers, self.capacity, fixed=True)
+        else:
+            self._cache = self.steps.lend_cache(
+                self, layers, rows, self.capacity, condition.dtype, condition.device
+            )
         self.feature_map = self.quantizer.new_feature_map(self.batch_size, self.grids[-1], condition.device)
         self.length = torch.zeros(self.batch_size, dtype=torch.long, device=condition.device)
 
@@ -89,17 +95,26 @@ class NextScalePredictor(Predictor):
             tokens = self.next_input()
         if tokens is not None and self.is_guided:
             tokens = tokens.repeat(2, 1, 1)
-        logits = self.model.scale_logits(
-            self._condition, tokens, positions[0], positions[-1] + 1, self._cache, self.scale_lengths[scale]
+        strength: Any = self.guidance.strength(scale, self.num_scales) if self.is_guided else None
+        if self.steps is not None and self.is_guided:  # a tensor is no constant of the graph
+            strength = torch.full((), strength, device=self._condition.device)
+        arguments = (
+            self.model,
+            self._condition,
+            tokens,
+            range(positions[0], scale + 1),
+            self._cache,
+            self.scale_lengths[scale],
+            strength,
         )
-        logits = logits.to(
-            self._condition.device
-        )  # of a model on several devices, the head may be on another
         self.calls += 1
-        if not self.is_guided:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return guide(conditional, unconditional, self.guidance.strength(scale, self.num_scales))
+        if scale > 0:
+            return self.run(scale_step, *arguments)
+        # Never compiled: it makes room in the cache, and computes what no later scale changes.
+        logits = scale_step(*arguments)
+        if self.steps is not None:
+            self._cache.fix_addresses()
+        return logits
 
     def commit(self, keep: torch.Tensor, count: torch.Tensor | None = None) -> None:
         """
@@ -137,3 +152,20 @@ class NextScalePredictor(Predictor):
         self.feature_map = self.feature_map.index_select(0, rows)
         self.length = self.length.index_select(0, rows)
         self.batch_size = rows.numel()
+
+
+def scale_step(
+    model: Any,
+    condition: torch.Tensor,
+    features: torch.Tensor | None,
+    scales: range,
+    cache: PreallocatedCache,
+    last_tokens: int,
+    strength: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """Guided logits of the last of the scales; `strength` is `None` where the rows are not paired."""
+    logits = model.scale_logits(condition, features, scales.start, scales.stop, cache, last_tokens)
+    logits = logits.to(condition.device)  # of a model on several devices, the head may be on another
+    if strength is None:
+        return logits
+    return guide(*logits.chunk(2), strength)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..cache import PreallocatedCache
-from ..guidance import Guidance, SoftCFG
+from ..guidance import Combiner, Guidance, SoftCFG
 from .base import Predictor
 from .masks import Pattern, View, additive
 from .tree import NodeTree
@@ -65,6 +65,7 @@ class NextTokenPredictor(Predictor):
         self.calls = 0
         self.capacity = self.num_tokens
         self.is_static = False
+        self.widths: tuple[int, ...] = (1,)  # of compiled steps, see `compile_for`
         self._context: dict[str, torch.Tensor] = {}
         # With SoftCFG: how sure the conditional rows were of each token, (batch, tokens) float32, that of the next last.
         self._certainty: torch.Tensor | None = None
@@ -149,7 +150,21 @@ class NextTokenPredictor(Predictor):
 
     def for_model(self, model: Any) -> "NextTokenPredictor":
         """A predictor of another model for the same request."""
-        return type(self)(model, self.guidance)
+        other = type(self)(model, self.guidance)
+        if self.steps is not None:
+            other.compile(self.steps.config)
+            other.compile_for(1, *self.widths)  # it feeds its own drafts one by one
+        return other
+
+    def why_not_compiled(self) -> str | None:
+        return "SoftCFG weighs the past anew at every token" if self.is_soft else None
+
+    def compile_for(self, *widths: int) -> None:
+        """
+        Says before `prefill` how many tokens compiled steps take: calls with fewer are filled up to the next of `widths`,
+        so that there are as many graphs. Their capacity has to suffice for that.
+        """
+        self.widths = widths
 
     def prefill(self, inputs: dict[str, Any]) -> torch.Tensor:
         """
@@ -160,6 +175,10 @@ class NextTokenPredictor(Predictor):
             guided logits of the first token (batch, vocab_size) float32.
         """
         logits = self.read_prompt(inputs)
+        if self.is_static:
+            self._cache.show_whole()
+        if self.steps is not None:
+            self._cache.fix_addresses()
         self.calls += 1
         first = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
         return self._guided(logits, first)[:, 0]
@@ -168,9 +187,16 @@ class NextTokenPredictor(Predictor):
         """An empty cache for a prompt of which `hidden` (rows, prompt_length) bool is padding."""
         self.batch_size = rows // 2 if self.is_guided else rows
         self._prompt_length, self._hidden = prompt_length, hidden
-        self._cache = PreallocatedCache(
-            self.num_layers(), prompt_length + self.capacity, fixed=self.is_static, whole=self.is_static
-        )
+        capacity = prompt_length + self.capacity
+        if self.steps is None:
+            self._cache = PreallocatedCache(self.num_layers(), capacity, fixed=self.is_static)
+        else:
+            self.is_static = True
+            capacity += max(self.widths)  # what fills calls up
+            self._cache = self.steps.lend_cache(
+                self, self.num_layers(), rows, capacity, self.model.dtype, device
+            )
+            self._is_met = False
         self._context = {}
         self._nodes = NodeTree()
         self._lengths = [0] * self.batch_size  # what `length` says, on the host
@@ -218,6 +244,9 @@ class NextTokenPredictor(Predictor):
         n, device = tokens.shape[1], tokens.device
         before = self._nodes.size
         self._nodes.grow(n, parents, self.batch_size, device)
+        if self.steps is not None:
+            self.calls += 1
+            return self._predict_compiled(tokens, before)
         depth = self._nodes.depths(n, device)
         start = self.length + self._prompt_length
         if self.is_soft:
@@ -232,6 +261,36 @@ class NextTokenPredictor(Predictor):
         )
         self.calls += 1
         return self._guided(logits, self.length[:, None] + depth + 1)
+
+    def _predict_compiled(self, tokens: torch.Tensor, before: int) -> torch.Tensor:
+        """`predict` after `before` nodes, by a graph that takes any tokens, lengths and trees."""
+        n = tokens.shape[1]
+        width = min((one for one in self.widths if one >= n), default=n)
+        if not self._is_met:
+            # All graphs that a request may need are there after its first step, whatever its drafts are like.
+            self._is_met = True
+            for other in self.widths:
+                arguments = self._filled_up(tokens[:, :other], before, other)
+                if other != width and not self.steps.knows(token_step, *arguments):
+                    self.run(token_step, *arguments)
+        return self.run(token_step, *self._filled_up(tokens, before, width))[:, :n]
+
+    def _filled_up(self, tokens: torch.Tensor, before: int, width: int) -> tuple[Any, ...]:
+        """The arguments of [`token_step`] for `width` tokens, of which those beyond `tokens` (batch, n) mean nothing."""
+        n, device, size = tokens.shape[1], tokens.device, before + tokens.shape[1]
+        room = max(*self.widths, width, self._nodes.size)
+        filled = tokens.new_zeros(self.batch_size, width)
+        filled[:, :n] = tokens
+        seen = torch.zeros(self.batch_size, width, room, dtype=torch.bool, device=device)
+        seen[:, :n, :size] = self._nodes.ancestors(self._nodes.size - before, device)[:, :n, :size]
+        starts = self.length + self._prompt_length
+        places = starts[:, None] + torch.arange(before, before + width, device=device)
+        end = self._prompt_length + max(self._lengths) + before + width
+        self._cache.expect(self._paired(places), end)
+        last = self._prompt_length + self.num_tokens - 1
+        strengths = self.combine.strengths if self.is_guided else None
+        mask_of_prompt = (self._prompt_length, last, self._hidden, self._context)
+        return self.model, self._cache, filled, starts, seen, strengths, *mask_of_prompt
 
     def mask(self, n: int, dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
         """The additive mask (rows, 1, n, columns) of the last `n` nodes; one for each kind of layer."""
@@ -307,3 +366,44 @@ class NextTokenPredictor(Predictor):
             sure = conditional[:, -1:].softmax(dim=-1).amax(dim=-1)
             self._certainty = sure if self._certainty is None else torch.cat([self._certainty, sure], dim=1)
         return self.combine(conditional, unconditional, steps)
+
+
+def token_step(
+    model: Any,
+    cache: PreallocatedCache,
+    tokens: torch.Tensor,
+    starts: torch.Tensor,
+    seen: torch.Tensor,
+    strengths: torch.Tensor | None,
+    prompt_length: int,
+    last_position: int,
+    hidden: torch.Tensor | None,
+    context: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """
+    Guided logits (batch, n, vocab_size) float32 of what follows each token; the cache knows where to write.
+
+    Args:
+        tokens: (batch, n) int64.
+        starts: (batch,) int64, where the committed positions of each row end.
+        seen: (batch, n, nodes) bool, the nodes that each token sees, itself included.
+        strengths: of guidance at each token of the picture; `None` where rows are not paired.
+        last_position: of the picture; tokens beyond it mean nothing.
+        hidden: (rows, prompt) bool, padding of the prompt.
+        context: see [`Prompt`].
+    """
+    copies = 1 if strengths is None else 2
+    depth = seen.sum(dim=-1) - 1
+    positions = (starts[:, None] + depth).clamp(max=last_position)
+    view = View(starts, cache.capacity, seen, hidden)
+    logits = model.next_logits(
+        input_ids=tokens.repeat(copies, 1),
+        position_ids=positions.repeat(copies, 1),
+        attention_mask=additive(view.visible(Pattern(), copies * len(tokens)), model.dtype),
+        past_key_values=cache,
+        logits_to_keep=tokens.shape[1],
+        **context,
+    ).float()
+    if strengths is None:
+        return logits
+    return Combiner(strengths).at_each(*logits.chunk(2), starts[:, None] - prompt_length + depth + 1)
