@@ -23,16 +23,33 @@ class NodeTree:
 
     def grow(self, n: int, parents: torch.Tensor | None, batch_size: int, device: torch.device) -> None:
         """Adds `n` nodes: `parents` (batch, n) int64 for each, or `None` to continue the last one in a chain."""
-        self._seen = None
         if parents is None and self.is_chain:
             self.size += n
             return
+        is_level = parents is not None
         if self._parents is None:
             self._parents = torch.arange(-1, self.size - 1, device=device).repeat(batch_size, 1)
         if parents is None:
             parents = torch.arange(self.size - 1, self.size + n - 1, device=device).repeat(batch_size, 1)
-        self._parents = torch.cat([self._parents, parents.to(device)], dim=1)
+        parents = parents.to(device)
+        # Looked up only where that costs nothing: whether they continue nodes of earlier calls alone.
+        is_level = is_level and device.type == "cpu" and bool((parents < self.size).all())
+        self._seen = self._with_level(parents, batch_size) if is_level else None
+        self._parents = torch.cat([self._parents, parents], dim=1)
         self.size += n
+
+    def _with_level(self, parents: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """`_seen` with nodes of which none continues another: each sees what its parent sees, and itself."""
+        n, size = parents.shape[1], self.size
+        new = torch.eye(n, dtype=torch.bool, device=parents.device).expand(batch_size, -1, -1)
+        if size == 0:
+            return new
+        old = self.ancestors(size, parents.device).expand(batch_size, -1, -1)
+        above = torch.nn.functional.pad(old, (0, 0, 1, 0))  # -1 sees nothing of the nodes
+        above = above.gather(1, (parents + 1).unsqueeze(-1).expand(-1, -1, size))
+        grown = old.new_zeros(batch_size, size + n, size + n)
+        grown[:, :size, :size], grown[:, size:, :size], grown[:, size:, size:] = old, above, new
+        return grown
 
     def ancestors(self, n: int, device: torch.device) -> torch.Tensor:
         """(batch or 1, n, size) bool: which nodes the last `n` see, themselves included."""

@@ -1,6 +1,7 @@
 """EAGLE (arXiv 2401.15077; EAGLE-3, 2503.01840): a small decoder that drafts from a language model's hidden states."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,11 +36,17 @@ class EagleOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
+@lru_cache(maxsize=16)
+def frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(head_dim,) float32, those of the rotary positions, twice; the same on every call."""
+    half = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    return torch.cat([half, half])
+
+
 def rotary_halves(positions: torch.Tensor, config: EagleConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (batch, 1, length, head_dim) float32 of positions (batch, length), as Llama's."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = (positions.float() / config.rope_factor).unsqueeze(-1) * config.rope_theta**-half
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    scaled = positions.float() if config.rope_factor == 1.0 else positions.float() / config.rope_factor
+    angles = scaled[:, None, :, None] * frequencies(config.head_dim, config.rope_theta, positions.device)
     return angles.cos(), angles.sin()
 
 
