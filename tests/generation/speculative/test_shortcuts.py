@@ -66,11 +66,11 @@ def test_who_sees_whom_grows_level_by_level():
         nodes, parents = NodeTree(), []
         nodes.grow(2, None, batch, torch.device("cpu"))  # a chain before
         parents.append(torch.tensor([[-1, 0]]).expand(batch, -1))
-        for n in (3, 1, 4):
+        for n in (3, 1, 4, 9, 2):
             new = torch.randint(-1, nodes.size, (batch, n), generator=generator)
             nodes.grow(n, new, batch, torch.device("cpu"))
             parents.append(new)
-            assert nodes._seen is not None
+            assert nodes._table is not None
             whole = NodeTree()
             whole.size, whole._parents = nodes.size, torch.cat(parents, dim=1)
             expected = whole._closure(torch.device("cpu"))
