@@ -37,6 +37,24 @@ PLAIN = "generate()"
 ASSISTED, LOOKUP = "transformers, assisted", "transformers, prompt lookup"
 WARM_UPS = 3
 LOOKUP_TOKENS = 10
+# Small trees, since on a CPU every node more costs.
+EAGLE_TREES = {
+    "Chain": Chain(4),
+    "Chain of 6": Chain(6),
+    "DynamicTree": DynamicTree(16, 3, 3),
+    "OptTree": OptTree(12, 0.2, 5),
+}
+MEDUSA_TREES = {
+    "Chain": Chain(4),
+    "StaticTree": StaticTree(draw=False),
+    "StaticTree of 13": StaticTree(
+        [
+            *([0], [1], [2], [0, 0], [0, 1], [0, 2], [1, 0]),
+            *([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]),
+        ],
+        draw=False,
+    ),
+}
 
 
 @dataclass
@@ -123,13 +141,11 @@ class Bench:
         found.append(self.ours("AdaptiveNGram, SearchTree", SpeculativeDecoding(AdaptiveNGram())))
         for source in self.options.drafters:
             drafter = load_drafter(source, self.model)
-            trees = (
-                (Chain(4), StaticTree(draw=False))
-                if name_of(drafter) == "MedusaDrafter"
-                else (*(Chain(4), DynamicTree(16, 3, 3)), OptTree(12, 0.2, 5))
-            )
-            for tree in trees:
-                name = f"{name_of(drafter)}, {type(tree).__name__}"
+            who = name_of(drafter)
+            trees = MEDUSA_TREES if who == "MedusaDrafter" else EAGLE_TREES
+            others = sum(method.name.startswith(f"{who}, ") for method in found) // len(trees)
+            for name, tree in trees.items():
+                name = f"{who}, {name}" + (f" ({others + 1})" if others else "")  # two drafters of a kind
                 found.append(self.ours(name, SpeculativeDecoding(drafter, tree), drafter.model))
         return found
 

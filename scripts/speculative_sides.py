@@ -32,7 +32,9 @@ def load_tokenizer(source: str) -> Any:
 
 def name_of(drafter: Any) -> str:
     """How tables call a drafter."""
-    return type(drafter).__name__
+    config = getattr(getattr(drafter, "model", None), "config", None)
+    is_third = isinstance(drafter, EagleDrafter) and config is not None and config.version == 3
+    return f"{type(drafter).__name__}{' 3' if is_third else ''}"
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

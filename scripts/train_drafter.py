@@ -13,11 +13,13 @@ show their progress and go on where they were when the same command is given aga
     python scripts/train_drafter.py MODEL --method eagle3 --data datasets:wikitext/wikitext-2-raw-v1 --output runs/eagle3
 
 Data: token ids of this model's tokenizer (.npy, one row of integers), text files, or a data set of `datasets` with a
-column "text". The result is OUTPUT/drafter, for `SpeculativeDecoding`. The defaults suit a model of ten million
+column "text". The result is OUTPUT/drafter, for `SpeculativeDecoding`; with --speculators also OUTPUT/speculators, EAGLE-3
+as the library speculators and vLLM read it. The defaults suit a model of ten million
 parameters on two CPU cores; a larger one wants --dtype bfloat16, --learning-rate 1e-4, and all of its own writing.
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def new_eagle(target: PreTrainedModel, options: argparse.Namespace, ids: np.ndar
             vocab_size=config.vocab_size,
             draft_vocab_size=draft_vocab,
             feature_layers=options.feature_layers if is_third else None,
+            base_model_name_or_path=target.name_or_path,
             has_embedding=False,
         )
     )
@@ -134,6 +137,9 @@ def train(options: argparse.Namespace) -> MedusaHeads | Eagle:
     print(f"Held-out loss: {trainer.evaluate()['eval_loss']:.4f}")
     shares = ", ".join(f"{share:.3f}" for share in trainer.agreement())
     print(f"Held-out drafts that are right, the first, the second, ...: {shares}")
+    if options.speculators:
+        whole = copy.deepcopy(model).to(torch.bfloat16)
+        whole.save_speculators(options.output / "speculators", target)
     return model
 
 
@@ -213,7 +219,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--dtype", default="float32", help="of the language model")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    parser.add_argument("--speculators", action="store_true", help="EAGLE-3 in speculators' form, too")
+    options = parser.parse_args(arguments)
+    if options.speculators and options.method != "eagle3":
+        parser.error(f"--speculators writes EAGLE-3; --method is {options.method}")
+    return options
 
 
 def main() -> None:

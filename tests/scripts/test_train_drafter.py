@@ -97,7 +97,7 @@ def options_of(script, folder, method, output, *more):
 METHODS = {
     "medusa": [],
     "eagle": ["--steps", "2"],
-    "eagle3": ["--steps", "2", "--feature-layers", "0", "1", "2", "--draft-vocab", "120"],
+    "eagle3": ["--steps", "2", "--feature-layers", "0", "1", "1", "--draft-vocab", "120", "--speculators"],
 }
 
 
@@ -115,6 +115,12 @@ def test_drafters_are_trained(small, load_script, method, tmp_path, capsys):
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, resumed.state_dict()[name], atol=1e-6), name
     whole.save_pretrained(tmp_path / "drafter")
+    if method == "eagle3":
+        written = Eagle.from_pretrained(tmp_path / "whole" / "speculators")
+        assert written.config.feature_layers == [0, 1, 1]
+        assert torch.equal(written.draft_ids, whole.draft_ids) and len(set(whole.draft_ids.tolist())) == 120
+        with pytest.raises(SystemExit):
+            script.parse(["model", "--method", "eagle", "--data", "x", "--output", "y", "--speculators"])
     network = (MedusaHeads if method == "medusa" else Eagle).from_pretrained(tmp_path / "drafter")
     target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     ids = torch.from_numpy(np.load(folder / "held_out.npy")[:20].astype(np.int64))[None]

@@ -17,6 +17,7 @@ from transformers import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
@@ -76,9 +77,25 @@ class Transcript:
         self.lengths = [0] * self.batch_size
         self.finished = [self.limit == 0] * self.batch_size
         self._pads_finished = any(isinstance(one, EosTokenCriteria) for one in self.stopping_criteria)
+        self._ends = self._plain_ends()
         self._published = 0
         self.best = torch.zeros(self.batch_size, device=self.prompt.device)
         self.kept = {name: [[] for _ in range(self.batch_size)] for name in self.keeps}
+
+    def _plain_ends(self) -> tuple[set[int], int] | None:
+        """The tokens and the length at which a row ends, if nothing else ends one; otherwise `None`."""
+        tokens: set[int] = set()
+        length = self.start + (1 << 30 if self.limit is None else self.limit)
+        for criterion in self.stopping_criteria:
+            if type(criterion) is EosTokenCriteria:
+                tokens.update(criterion.eos_token_id.reshape(-1).tolist())
+            elif type(criterion) is MaxLengthCriteria:
+                length = min(length, criterion.max_length)
+                if (criterion.max_position_embeddings or length) < length:
+                    return None  # it warns
+            else:
+                return None
+        return tokens, length
 
     def _room(self, length: int) -> torch.Tensor:
         return self.prompt.new_full((self.batch_size, length), self.pad_token_id, dtype=torch.long)
@@ -233,6 +250,9 @@ class Transcript:
         """
         counts = [tokens.shape[1]] * self.batch_size if counts is None else list(counts)
         before = list(self.lengths)
+        if self._ends is not None and not self.goes_along and not self.keeps:
+            self._append_blocks(tokens, counts, *self._ends)
+            counts = []
         for place in range(max(counts, default=0)):
             rows = [r for r in range(self.batch_size) if not self.finished[r] and counts[r] > place]
             if not rows:
@@ -247,6 +267,24 @@ class Transcript:
                         self.kept[name][row].append(value[row, place])
         self._publish()
         return [length - old for length, old in zip(self.lengths, before, strict=True)]
+
+    def _append_blocks(
+        self, tokens: torch.Tensor, counts: Sequence[int], ends: set[int], longest: int
+    ) -> None:
+        """All tokens at once, up to the first at which a row ends."""
+        self._make_room(max(counts, default=0))
+        for row, ids in enumerate(tokens.tolist()):
+            if self.finished[row] or not counts[row]:
+                continue
+            start = self.start + self.lengths[row]
+            number = max(
+                min(counts[row], longest - start), 1
+            )  # a criterion is asked after a token, not before
+            stop = next((i + 1 for i, token in enumerate(ids[:number]) if token in ends), None)
+            number = number if stop is None else stop
+            self._ids[row, start : start + number] = tokens[row, :number]
+            self.lengths[row] += number
+            self.finished[row] = stop is not None or start + number >= longest
 
     def _append_to_some(self, tokens: torch.Tensor, rows: list[int]) -> None:
         """A token, out of (batch,), for each of `rows`."""
@@ -272,8 +310,8 @@ class Transcript:
             for row, (ended, stop) in enumerate(zip(self.finished, stops, strict=True))
         ]
 
-    def _make_room(self) -> None:
-        longest = self.start + max(self.lengths) + 1
+    def _make_room(self, more: int = 1) -> None:
+        longest = self.start + max(self.lengths) + more
         if longest > self._ids.shape[1]:
             grown = self._room(2 * longest)
             grown[:, : self._ids.shape[1]] = self._ids

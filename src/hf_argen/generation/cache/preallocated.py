@@ -83,6 +83,13 @@ class PreallocatedLayer(CacheLayerMixin):
             )
             write(*moved, self.keys, self.values, target, 0)
 
+    def pack(self, source: torch.Tensor, start: int) -> None:
+        """Copies the positions `source` (n,), the same for all rows, to `start` and after."""
+        if self.is_initialized:
+            source = source.to(self.keys.device)
+            for tensor in (self.keys, self.values):
+                tensor.narrow(2, start, len(source)).copy_(tensor.index_select(2, source))
+
     def _grow(self, needed: int) -> None:
         if self.fixed:
             raise ValueError(
@@ -198,6 +205,11 @@ class PreallocatedCache(Cache):
         """Copies positions within each row, in every layer."""
         for layer in self.layers:
             layer.move(source, target)
+
+    def pack(self, source: torch.Tensor, start: int) -> None:
+        """Copies positions to others next to each other, in every layer; see [`PreallocatedLayer`]."""
+        for layer in self.layers:
+            layer.pack(source, start)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps, repeats or reorders rows of the batch in every layer and in the memo."""

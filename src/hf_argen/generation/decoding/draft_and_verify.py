@@ -55,7 +55,7 @@ class DraftAndVerify(TokenLoop):
         drafter.prepare(request)
         logits = predictor.prefill(request.inputs)[:, None]
         drafting = drafter.open(request, context)
-        finite, has_nan = torch.isfinite(logits).all(), logits.isnan().any()
+        lowest, highest = logits.aminmax()  # NaN if there is any
         scores = transcript.process(logits)
         transcript.note(scores)
         verdict = Verdict(choose(scores, context.do_sample, context.generator), [])
@@ -72,7 +72,8 @@ class DraftAndVerify(TokenLoop):
                     broken = broken | drafts.probs.isnan().any()
             fed = torch.cat([transcript.last(), drafts.tokens], dim=1)
             logits = predictor.predict(fed, drafts.fed_parents())
-            finite, has_nan = finite & torch.isfinite(logits).all(), has_nan | logits.isnan().any()
+            low, high = logits.aminmax()
+            lowest, highest = torch.minimum(lowest, low), torch.maximum(highest, high)
             scores = transcript.process(logits, drafts.tokens, drafts.parents)
             verdict = rule.verify(scores, drafts, context)
             kept = (verdict.along(one) if transcript.keeps else None for one in (logits, scores))
@@ -88,6 +89,7 @@ class DraftAndVerify(TokenLoop):
             )
         lengths = torch.tensor(gains, dtype=torch.long).view(-1, transcript.batch_size).t()
         calls = predictor.calls + drafting.calls
+        finite = torch.isfinite(lowest) & torch.isfinite(highest)
         result = self.result(request, transcript, len(gains) + 1, finite, calls, accept_lengths=lengths)
-        result.has_nan = has_nan
+        result.has_nan = lowest.isnan()
         return result

@@ -74,6 +74,18 @@ class View:
         return near
 
 
+def additive_of_nodes(committed: int, ancestors: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """
+    `additive` of what [`View`] sees where all rows end at the column `committed`, nothing of the prompt is hidden, no
+    pattern bounds the sight, and the nodes are the last columns; in a few operations.
+    """
+    batch, n, nodes = ancestors.shape
+    mask = torch.zeros(rows, 1, n, committed + nodes, dtype=dtype, device=ancestors.device)
+    hidden = ~ancestors if batch == 1 else (~ancestors).repeat(rows // batch, 1, 1)
+    mask[..., committed:].masked_fill_(hidden.unsqueeze(1), torch.finfo(dtype).min)
+    return mask
+
+
 def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(rows, n, columns) bool to (rows, 1, n, columns): 0 where visible, the lowest number elsewhere."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)

@@ -8,7 +8,7 @@ import torch
 from ..cache import PreallocatedCache
 from ..guidance import Combiner, Guidance, SoftCFG
 from .base import Predictor
-from .masks import Pattern, View, additive
+from .masks import Pattern, View, additive, additive_of_nodes
 from .tree import NodeTree
 
 
@@ -260,6 +260,8 @@ class NextTokenPredictor(Predictor):
             self._paired(tokens), self._paired(positions), not (self.is_even and self._nodes.is_chain)
         )
         self.calls += 1
+        if self.combine is None:
+            return logits.float()
         return self._guided(logits, self.length[:, None] + depth + 1)
 
     def _predict_compiled(self, tokens: torch.Tensor, before: int) -> torch.Tensor:
@@ -294,7 +296,11 @@ class NextTokenPredictor(Predictor):
 
     def mask(self, n: int, dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
         """The additive mask (rows, 1, n, columns) of the last `n` nodes; one for each kind of layer."""
-        device = self.length.device
+        device, patterns = self.length.device, self.patterns()
+        rows = self.batch_size * (2 if self.is_guided else 1)
+        if patterns == Pattern() and self.is_even and self._hidden is None and not self.is_static:
+            committed = self._prompt_length + self._lengths[0]
+            return additive_of_nodes(committed, self._nodes.ancestors(n, device), rows, dtype)
         columns = self._prompt_length + max(self._lengths) + self._nodes.size
         view = View(
             starts=self.length + self._prompt_length,
@@ -302,8 +308,6 @@ class NextTokenPredictor(Predictor):
             ancestors=self._nodes.ancestors(n, device),
             hidden=self._hidden,
         )
-        rows = self.batch_size * (2 if self.is_guided else 1)
-        patterns = self.patterns()
         if isinstance(patterns, Pattern):
             return additive(view.visible(patterns, rows), dtype)
         return {kind: additive(view.visible(pattern, rows), dtype) for kind, pattern in patterns.items()}
@@ -319,9 +323,13 @@ class NextTokenPredictor(Predictor):
         """
         width = self._nodes.size if keep is None else keep.shape[1]
         if keep is not None:
-            start = (self.length + self._prompt_length)[:, None]
-            target = start + torch.arange(width, device=start.device)
-            self._cache.move(self._paired(start + keep.clamp(min=0)), self._paired(target))
+            if self.batch_size == 1 and not self.is_guided:
+                start = self._prompt_length + self._lengths[0]
+                self._cache.pack(keep[0].clamp(min=0) + start, start)
+            else:
+                starts = (self.length + self._prompt_length)[:, None]
+                target = starts + torch.arange(width, device=starts.device)
+                self._cache.move(self._paired(starts + keep.clamp(min=0)), self._paired(target))
         if count is None:
             kept = [width] * self.batch_size
             self.length = self.length + width

@@ -22,6 +22,12 @@ class EagleConfig(PreTrainedConfig):
         feature_layers: which three of the language model's hidden states version 3 reads, as transformers counts them (0
             goes into the first layer, -1 comes out of the last norm); `None` for the authors' choice, 2, half of the
             layers and all but 3.
+        base_model_name_or_path: the language model that it was trained for.
+        qk_norm: whether queries and keys are normed head by head, as in Qwen3.
+        norm_before_residual: whether the residual of version 3 are the features after their norm.
+        norm_before_fc: whether version 3 norms the three features side by side before it projects them.
+        fc_norm: whether it norms each of them.
+        norm_output: whether what version 3 reads of itself is normed (EAGLE-3.1).
         rope_theta: base of the rotary frequencies.
         rope_factor: by how much positions are shrunk.
         fc_bias: whether the projection of version 1 has a bias.
@@ -47,6 +53,12 @@ class EagleConfig(PreTrainedConfig):
     draft_vocab_size: int | None = None
     target_hidden_size: int | None = None
     feature_layers: list[int] | None = None
+    base_model_name_or_path: str | None = None
+    qk_norm: bool = False
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
     fc_bias: bool = True
@@ -75,6 +87,10 @@ class EagleConfig(PreTrainedConfig):
             raise ValueError(
                 f"feature_layers is {self.feature_layers} in version {self.version}; version 3 reads three layers, "
                 "version 1 the last one alone."
+            )
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError(
+                "norm_before_fc and fc_norm are both true; the features are normed together or each."
             )
         super().__post_init__(**kwargs)
 

@@ -1,10 +1,13 @@
 """EAGLE (arXiv 2401.15077; EAGLE-3, 2503.01840): a small decoder that drafts from a language model's hidden states."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -14,9 +17,10 @@ from ..checkpoints import ConversionError
 from ..layers.attention import HeadedAttention, causal_mask
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
+from . import speculators
 from .configuration_eagle import EagleConfig
 from .modeling_drafter import DrafterPreTrainedModel
-from .released import INDEX, Release
+from .released import INDEX, Release, linear_factor
 
 WEIGHTS = ("pytorch_model.bin", "model.safetensors", INDEX)
 
@@ -35,11 +39,17 @@ class EagleOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
+@lru_cache(maxsize=16)
+def frequencies(head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """(head_dim,) float32, those of the rotary positions, twice; the same on every call."""
+    half = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    return torch.cat([half, half])
+
+
 def rotary_halves(positions: torch.Tensor, config: EagleConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine (batch, 1, length, head_dim) float32 of positions (batch, length), as Llama's."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = (positions.float() / config.rope_factor).unsqueeze(-1) * config.rope_theta**-half
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    scaled = positions.float() if config.rope_factor == 1.0 else positions.float() / config.rope_factor
+    angles = scaled[:, None, :, None] * frequencies(config.head_dim, config.rope_theta, positions.device)
     return angles.cos(), angles.sin()
 
 
@@ -66,6 +76,9 @@ class EagleAttention(HeadedAttention):
         self.k_proj = nn.Linear(width, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.dropout = nn.Identity()
 
     def forward(
@@ -76,6 +89,8 @@ class EagleAttention(HeadedAttention):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = (rotate_halves(states, *rotation) for states in (query, key))
         return self.attend(query, key, value, attention_mask, past_key_values)
 
@@ -102,6 +117,7 @@ class EagleMiddleLayer(nn.Module):
 
     def __init__(self, config: EagleConfig):
         super().__init__()
+        self.norm_before_residual = config.norm_before_residual
         self.self_attn = EagleAttention(config, 0, 2 * config.hidden_size)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -109,7 +125,10 @@ class EagleMiddleLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor, *attention: Any) -> torch.Tensor:
-        both = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden_states)], dim=-1)
+        normed = self.hidden_norm(hidden_states)
+        both = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
+        if self.norm_before_residual:
+            hidden_states = normed
         hidden_states = hidden_states + self.self_attn(both, *attention)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -144,6 +163,15 @@ class Eagle(DrafterPreTrainedModel):
             self.fc = nn.Linear(
                 config.num_features * config.target_hidden_size, config.hidden_size, bias=False
             )
+            if config.norm_before_fc:
+                self.input_norm = RMSNorm(
+                    config.num_features * config.target_hidden_size, config.rms_norm_eps
+                )
+            if config.fc_norm:
+                self.fc_norm = nn.ModuleList(
+                    RMSNorm(config.target_hidden_size, config.rms_norm_eps)
+                    for _ in range(config.num_features)
+                )
             self.midlayer = EagleMiddleLayer(config)
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -169,7 +197,9 @@ class Eagle(DrafterPreTrainedModel):
     def read_release(
         cls, release: Release, fields: dict[str, Any]
     ) -> tuple[EagleConfig, dict[str, torch.Tensor]]:
-        """The authors' form: the configuration of a Llama, and tensors whose names tell the version."""
+        """The authors' form: the configuration of a Llama, and tensors whose names tell the version. Or speculators'."""
+        if speculators.TYPE in fields:
+            return speculators.read(release, fields)
         tensors = release.tensors(WEIGHTS)
         if tensors is None or not any(name.startswith(("fc.", "midlayer.")) for name in tensors):
             raise ConversionError(
@@ -198,7 +228,7 @@ class Eagle(DrafterPreTrainedModel):
             attention_bias=any(name.endswith("q_proj.bias") for name in tensors),
             fc_bias="fc.bias" in tensors,
             has_embedding="embed_tokens.weight" in state,
-            rope_factor=_rope_factor(fields, release.source),
+            rope_factor=linear_factor(fields.get("rope_scaling"), release.source),
             **{name: fields[name] for name in taken if fields.get(name) is not None},
         )
         return config, state
@@ -248,23 +278,35 @@ class Eagle(DrafterPreTrainedModel):
                 hidden_states = layer(hidden_states, *attention)
             return EagleOutput(last_hidden_state=hidden_states)
         if hidden_states.shape[-1] != self.config.hidden_size:
-            hidden_states = self.fc(hidden_states)
+            hidden_states = self.fc(self._normed_features(hidden_states))
         hidden_states = self.midlayer(embeds, hidden_states, *attention)
+        if self.config.norm_output:
+            hidden_states = self.norm(hidden_states)
         logits = self.logits_of(hidden_states) if with_logits else None
         return EagleOutput(last_hidden_state=hidden_states, logits=logits)
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., draft_vocab_size) of drafted features (..., hidden_size); of version 3."""
-        return self.lm_head(self.norm(hidden_states))
+        return self.lm_head(hidden_states if self.config.norm_output else self.norm(hidden_states))
 
+    def _normed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of the language model as `fc` reads them."""
+        if self.config.norm_before_fc:
+            return self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(self.config.num_features, dim=-1)
+            return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return features
 
-def _rope_factor(fields: dict[str, Any], source: str) -> float:
-    scaling = fields.get("rope_scaling")
-    if scaling is None:
-        return 1.0
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind != "linear":
-        raise ConversionError(
-            f"{source!r} scales its rotary positions by {kind!r}; only linear scaling is known."
-        )
-    return float(scaling["factor"])
+    def save_speculators(self, folder: str | Path, target: PreTrainedModel) -> None:
+        """
+        Writes version 3 as the library speculators and vLLM read it.
+
+        Args:
+            folder: where; made where it is missing.
+            target: the language model that it drafts for, named in the configuration.
+
+        Raises:
+            ValueError: version 1, or it reads a hidden state that they do not have.
+        """
+        speculators.write(self, Path(folder), target)

@@ -97,3 +97,15 @@ class Release:
             except (DamagedFileError, SafetensorError) as error:
                 raise ConversionError(f"{str(file)!r} is damaged ({error}); fetch it again.") from error
         return tensors
+
+
+def linear_factor(scaling: dict[str, Any] | None, source: str) -> float:
+    """By how much rotary positions are shrunk, of what a configuration says about them; an error unless linearly."""
+    if scaling is None:
+        return 1.0
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind != "linear":
+        raise ConversionError(
+            f"{source!r} scales its rotary positions by {kind!r}; only linear scaling is known."
+        )
+    return float(scaling["factor"])

@@ -23,16 +23,18 @@ class Verdict:
         count: how many of them each row gains: its accepted drafts and one.
         nodes: (batch, depth + 1) int64, the nodes before these tokens: the row's end, then the accepted drafts; `None`
             for 0, 1, 2, ... of a chain.
+        in_place: whether those that stay are known to be 0, 1, 2, ... in a tree, too.
     """
 
     tokens: torch.Tensor
     count: list[int]
     nodes: torch.Tensor | None = None
+    in_place: bool = False
 
     def kept_nodes(self) -> torch.Tensor | None:
         """What a predictor has to move together; `None` where the nodes that stay are the first ones."""
         width = max(self.count)
-        return None if self.nodes is None or width == 1 else self.nodes[:, :width]
+        return None if self.nodes is None or self.in_place or width == 1 else self.nodes[:, :width]
 
     def along(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, nodes, size) to (batch, depth + 1, size), that from which each token comes."""
@@ -73,12 +75,35 @@ class AcceptanceRule(Part, ABC):
 
 def matching(chosen: torch.Tensor, tree: DraftTree) -> Verdict:
     """Follows the tokens (batch, n + 1) that the model has chosen at every node, as far as there are drafts of them."""
+    if not tree.is_chain and chosen.device.type == "cpu":
+        return _matching_on_host(chosen, tree)
     passes = chosen.gather(1, tree.parent_nodes()) == tree.tokens
     if tree.is_chain:
         return Verdict(chosen, (passes.long().cumprod(dim=1).sum(dim=1) + 1).tolist())
     length, last = tree.reached(passes).max(dim=1)
     nodes = tree.path(last, length)
     return Verdict(chosen.gather(1, nodes), length.tolist(), nodes)
+
+
+def _matching_on_host(chosen: torch.Tensor, tree: DraftTree) -> Verdict:
+    """The same for a tree whose tokens are at hand: walking it takes less time than one operation on tensors."""
+    parents = tree.parents.expand(tree.tokens.shape).tolist()
+    width = tree.depth + 1
+    paths = []
+    for best, drafts, before in zip(chosen.tolist(), tree.tokens.tolist(), parents, strict=True):
+        length = [1]  # of the path to each node, if all on it pass
+        for token, parent in zip(drafts, before, strict=True):
+            above = length[parent + 1]
+            length.append(above + 1 if above and best[parent + 1] == token else 0)
+        node = length.index(max(length))
+        path = []
+        while node:
+            path.append(node)
+            node = before[node - 1] + 1
+        paths.append([0, *path[::-1]])
+    nodes = torch.tensor([path + [0] * (width - len(path)) for path in paths])
+    in_place = all(path == list(range(len(path))) for path in paths)
+    return Verdict(chosen.gather(1, nodes), [len(path) for path in paths], nodes, in_place)
 
 
 def completed(nodes: torch.Tensor, count: torch.Tensor, final: torch.Tensor, tree: DraftTree) -> Verdict:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -126,18 +126,101 @@ class AdaptiveDrafting(TextDrafting):
 # The tree
 
 
-@dataclass
-class Place:
-    """A node of the search."""
+class Search:
+    """
+    The search for one row's tree. Places are numbers, the row is place 0; what is known of each stands in lists.
 
-    token: int
-    prior: float
-    parent: int
-    depth: int
-    visits: int = 0
-    value: float = 0.0
-    children: list[int] | None = None  # `None`: not looked at yet
-    path: list[int] = field(default_factory=list)
+    Args:
+        tree: its options.
+        row: what is known of the text.
+        depth: of the tree.
+    """
+
+    def __init__(self, tree: "SearchTree", row: TextRow, depth: int):
+        self.tree, self.row, self.depth = tree, row, depth
+        self.token, self.prior, self.parent = [-1], [0.0], [-1]
+        self.level, self.visits, self.gain = [0], [0], [0.0]
+        self.path: list[list[int]] = [[]]
+        self.children: list[range | None] = [None]  # `None`: not looked at yet
+        self.worth: list[float | None] = [None]  # what a visit gains
+        self._best: dict[tuple[int, ...], tuple[int, float]] = {}  # after a path
+
+    def run(self) -> None:
+        """Visits a place in every iteration."""
+        for _ in range(self.tree.iterations):
+            at = 0
+            while self.children[at] and self.level[at] < self.depth:
+                at = self._next(at)
+            if self.children[at] is None and self.level[at] < self.depth:
+                self._open(at)
+                at = self.children[at][0] if self.children[at] else at
+            if (worth := self.worth[at]) is None:
+                worth = self.worth[at] = self._value(at)
+            while at >= 0:
+                self.visits[at] += 1
+                self.gain[at] += worth
+                at = self.parent[at]
+
+    def _open(self, at: int) -> None:
+        weights = self.row.following(self.path[at])
+        first, level, path = len(self.token), self.level[at] + 1, self.path[at]
+        for token, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
+            self.token.append(token)
+            self.prior.append(weight)
+            self.path.append([*path, token])
+        number = len(self.token) - first
+        self.parent += [at] * number
+        self.level += [level] * number
+        self.visits += [0] * number
+        self.gain += [0.0] * number
+        self.children += [None] * number
+        self.worth += [None] * number
+        self.children[at] = range(first, first + number)
+
+    def _next(self, at: int) -> int:
+        """The child to look at: the first of those that are worth the most."""
+        children = self.children[at]
+        if len(children) == 1:
+            return children[0]
+        total = self.visits[at]
+        rate = self.tree.exploration + math.log((total + self.tree.scale + 1) / self.tree.scale)
+        root = math.sqrt(total)
+        visits, gain, prior = self.visits, self.gain, self.prior
+        best, most = children[0], -math.inf
+        for child in children:
+            times = visits[child]
+            worth = (gain[child] / times if times else 0.0) + rate * prior[child] * root / (1 + times)
+            if worth > most:
+                best, most = child, worth
+        return best
+
+    def _value(self, at: int) -> float:
+        """The weights on the way to a place and on the likeliest way on from it."""
+        path, total = list(self.path[at]), 1.0
+        while self.parent[at] >= 0:
+            total += self.prior[at]
+            at = self.parent[at]
+        while len(path) < self.depth:
+            token, weight = self._likeliest(path)
+            total += weight
+            path.append(token)
+        return total
+
+    def _likeliest(self, path: list[int]) -> tuple[int, float]:
+        key = tuple(path)
+        if key not in self._best:
+            weights = self.row.following(path)
+            self._best[key] = max(weights.items(), key=lambda item: (item[1], -item[0]))
+        return self._best[key]
+
+    def kept(self) -> tuple[list[int], list[int]]:
+        """Tokens of the places visited most and the draft that each continues, -1 for the row."""
+        visits, prior = self.visits, self.prior
+        order = sorted(range(1, len(self.token)), key=lambda i: (-visits[i], -prior[i], i))
+        # A parent is visited as often as its children together, and comes before.
+        kept = sorted(order[: self.tree.nodes])
+        number = {0: -1} | {place: i for i, place in enumerate(kept)}
+        return [self.token[i] for i in kept], [number.get(self.parent[i], -1) for i in kept]
 
 
 @dataclass
@@ -186,57 +269,6 @@ class SearchTree(Tree):
 
     def search(self, row: TextRow, depth: int) -> tuple[list[int], list[int]]:
         """Tokens of one row's tree and the draft that each continues, -1 for the row."""
-        places = [Place(-1, 0.0, -1, 0)]
-        for _ in range(self.iterations):
-            at = 0
-            while places[at].children and places[at].depth < depth:
-                at = self._next(places, at)
-            if places[at].children is None and places[at].depth < depth:
-                self._open(places, at, row)
-                at = places[at].children[0] if places[at].children else at
-            value = self._value(places[at], row, depth, places)
-            while at >= 0:
-                places[at].visits += 1
-                places[at].value += value
-                at = places[at].parent
-        order = sorted(range(1, len(places)), key=lambda i: (-places[i].visits, -places[i].prior, i))
-        kept = sorted(
-            order[: self.nodes]
-        )  # a parent is visited as often as its children together, and comes before
-        number = {0: -1} | {place: i for i, place in enumerate(kept)}
-        return [places[i].token for i in kept], [number.get(places[i].parent, -1) for i in kept]
-
-    @staticmethod
-    def _open(places: list[Place], at: int, row: TextRow) -> None:
-        here = places[at]
-        weights = row.following(here.path)
-        best = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-        here.children = []
-        for token, weight in best:
-            here.children.append(len(places))
-            places.append(Place(token, weight, at, here.depth + 1, path=[*here.path, token]))
-
-    def _next(self, places: list[Place], at: int) -> int:
-        total = places[at].visits
-        rate = self.exploration + math.log((total + self.scale + 1) / self.scale)
-
-        def worth(child: int) -> float:
-            one = places[child]
-            gained = one.value / one.visits if one.visits else 0.0
-            return gained + rate * one.prior * math.sqrt(total) / (1 + one.visits)
-
-        return max(places[at].children, key=worth)
-
-    @staticmethod
-    def _value(place: Place, row: TextRow, depth: int, places: list[Place]) -> float:
-        """The weights on the way to a node and on the likeliest way on from it."""
-        total, at = 1.0, place
-        while at.parent >= 0:
-            total += at.prior
-            at = places[at.parent]
-        path = list(place.path)
-        while len(path) < depth:
-            token, weight = max(row.following(path).items(), key=lambda item: (item[1], -item[0]))
-            total += weight
-            path.append(token)
-        return total
+        search = Search(self, row, depth)
+        search.run()
+        return search.kept()

@@ -65,7 +65,7 @@ class DynamicTree(Tree):
             scores = (best.values + beam_scores.unsqueeze(-1)).flatten(1)
             tokens.append(best.indices.flatten(1))
             totals.append(scores)
-            parents.append(beams.repeat_interleave(k, dim=1))
+            parents.append(beams.unsqueeze(-1).expand(-1, -1, k).flatten(1))
             beam_scores, place = scores.topk(k, dim=-1)
             beam_tokens = tokens[-1].gather(1, place)
             beams = k + level * k * k + place

@@ -1,0 +1,185 @@
+"""What is computed in fewer operations where a request allows it is the same as in general."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+
+from hf_argen import SearchTree
+from hf_argen.generation.cache import PreallocatedCache
+from hf_argen.generation.decoding.speculative import acceptance
+from hf_argen.generation.decoding.speculative.draft_tree import DraftTree
+from hf_argen.generation.decoding.speculative.ngram import Occurrences
+from hf_argen.generation.predictors.masks import Pattern, View, additive, additive_of_nodes
+from hf_argen.generation.predictors.tree import NodeTree
+from hf_argen.generation.transcript import Transcript
+
+
+def random_tree(generator, batch, n, vocab):
+    tokens = torch.randint(vocab, (batch, n), generator=generator)
+    parents = torch.stack(
+        [
+            torch.randint(-1, i, (batch,), generator=generator) if i else torch.full((batch,), -1)
+            for i in range(n)
+        ],
+        dim=1,
+    )
+    return DraftTree(tokens, n, parents, branching=n)
+
+
+def test_what_the_model_has_chosen_is_followed_alike():
+    generator = torch.Generator().manual_seed(0)
+    lengths = Counter()
+    for n in (1, 5, 12) * 20:
+        tree = random_tree(generator, 3, n, 3)
+        chosen = torch.randint(3, (3, n + 1), generator=generator)
+        passes = chosen.gather(1, tree.parent_nodes()) == tree.tokens
+        length = tree.reached(passes).max(dim=1).values
+        verdict = acceptance.matching(chosen, tree)
+        assert verdict.count == length.tolist()
+        lengths.update(verdict.count)
+        for row, count in enumerate(verdict.count):
+            path = verdict.nodes[row, :count].tolist()
+            before = [0, *tree.parent_nodes()[row].tolist()]
+            assert path[0] == 0 and [before[node] for node in path[1:]] == path[:-1]
+            assert (
+                tree.tokens[row, [node - 1 for node in path[1:]]].tolist()
+                == verdict.tokens[row, : count - 1].tolist()
+            )
+        assert verdict.nodes.shape == (3, n + 1) and torch.equal(
+            verdict.tokens, chosen.gather(1, verdict.nodes)
+        )
+        stay = all(
+            verdict.nodes[row, :count].tolist() == list(range(count))
+            for row, count in enumerate(verdict.count)
+        )
+        assert verdict.in_place == stay
+        assert (verdict.kept_nodes() is None) == (stay or max(verdict.count) == 1)
+    assert min(lengths) == 1 and max(lengths) > 3
+
+
+def test_who_sees_whom_grows_level_by_level():
+    generator = torch.Generator().manual_seed(1)
+    for batch in (1, 3):
+        nodes, parents = NodeTree(), []
+        nodes.grow(2, None, batch, torch.device("cpu"))  # a chain before
+        parents.append(torch.tensor([[-1, 0]]).expand(batch, -1))
+        for n in (3, 1, 4, 9, 2):
+            new = torch.randint(-1, nodes.size, (batch, n), generator=generator)
+            nodes.grow(n, new, batch, torch.device("cpu"))
+            parents.append(new)
+            assert nodes._table is not None
+            whole = NodeTree()
+            whole.size, whole._parents = nodes.size, torch.cat(parents, dim=1)
+            expected = whole._closure(torch.device("cpu"))
+            assert torch.equal(nodes.ancestors(nodes.size, torch.device("cpu")), expected)
+    within = torch.tensor([[-1, 0, 1]])  # nodes that continue each other
+    tree = NodeTree()
+    tree.grow(3, within, 1, torch.device("cpu"))
+    assert torch.equal(tree.ancestors(3, torch.device("cpu"))[0], torch.ones(3, 3).tril().bool())
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_masks_of_even_rows(batch, rows):
+    ancestors = torch.rand(batch, 3, 5, generator=torch.Generator().manual_seed(2)) < 0.5
+    view = View(torch.full((2,), 7), 12, ancestors)
+    expected = additive(view.visible(Pattern(), rows), torch.bfloat16)
+    found = additive_of_nodes(7, ancestors, rows, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def test_positions_that_are_moved_together():
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 9, 4)
+    caches = [PreallocatedCache(1, 12), PreallocatedCache(1, 12)]
+    for cache in caches:
+        cache.update(keys, -keys, 0)
+    caches[0].pack(torch.tensor([4, 6, 7]), 4)
+    caches[1].move(torch.tensor([[4, 6, 7]]), torch.tensor([[4, 5, 6]]))
+    for one, other in ((caches[0].layers[0].keys, caches[1].layers[0].keys),):
+        assert torch.equal(one, other) and torch.equal(one[:, :, 4:7], keys[:, :, [4, 6, 7]])
+    assert torch.equal(caches[0].layers[0].values, caches[1].layers[0].values)
+
+
+class Never(StoppingCriteria):
+    """Ends nothing, but has to be asked."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_rows_end_alike_token_by_token(limit):
+    generator = torch.Generator().manual_seed(3)
+    ended = 0
+    for _ in range(30):
+        made = [EosTokenCriteria([0, 9]), MaxLengthCriteria(9)]
+        prompt = torch.randint(1, 6, (3, 2), generator=generator)
+        pair = [
+            Transcript(prompt, [], StoppingCriteriaList(made + more), limit, pad_token_id=8)
+            for more in ([], [Never()])
+        ]
+        assert pair[0]._ends is not None and pair[1]._ends is None
+        while not pair[0].is_done:
+            tokens = torch.randint(0, 12, (3, 4), generator=generator)
+            counts = torch.randint(0, 5, (3,), generator=generator).tolist()
+            taken = [one.append(tokens, counts) for one in pair]
+            assert taken[0] == taken[1] and pair[0].finished == pair[1].finished
+            assert pair[0].lengths == pair[1].lengths
+            assert torch.equal(pair[0].sequences(), pair[1].sequences())
+        ended += sum(length < 7 for length in pair[0].lengths)
+    assert ended > 20
+    longest = Transcript(prompt, [], StoppingCriteriaList([MaxLengthCriteria(9, 5)]), limit)
+    assert longest._ends is None  # such a criterion warns
+
+
+def searched(tree, row, depth):
+    """The search as in the paper: a record for each place, what a visit gains computed anew."""
+    places = [
+        {"token": -1, "prior": 0.0, "parent": None, "path": [], "visits": 0, "gain": 0.0, "children": None}
+    ]
+
+    def worth(child, here):
+        rate = tree.exploration + math.log((here["visits"] + tree.scale + 1) / tree.scale)
+        gained = child["gain"] / child["visits"] if child["visits"] else 0.0
+        return gained + rate * child["prior"] * math.sqrt(here["visits"]) / (1 + child["visits"])
+
+    def best(path):
+        return max(row.following(path).items(), key=lambda item: (item[1], -item[0]))
+
+    for _ in range(tree.iterations):
+        here = places[0]
+        while here["children"] and len(here["path"]) < depth:
+            here = max(here["children"], key=lambda child, here=here: worth(child, here))
+        if here["children"] is None and len(here["path"]) < depth:
+            found = sorted(row.following(here["path"]).items(), key=lambda item: (-item[1], item[0]))
+            here["children"] = [
+                {"token": token, "prior": weight, "parent": here, "path": [*here["path"], token]}
+                | {"visits": 0, "gain": 0.0, "children": None}
+                for token, weight in found
+            ]
+            places += here["children"]
+            here = here["children"][0]
+        gain, at, path = 1.0, here, list(here["path"])
+        while at["parent"] is not None:
+            gain, at = gain + at["prior"], at["parent"]
+        while len(path) < depth:
+            token, weight = best(path)
+            gain, path = gain + weight, [*path, token]
+        while here is not None:
+            here["visits"], here["gain"], here = here["visits"] + 1, here["gain"] + gain, here["parent"]
+    order = sorted(range(1, len(places)), key=lambda i: (-places[i]["visits"], -places[i]["prior"], i))
+    return [tuple(places[i]["path"]) for i in sorted(order[: tree.nodes])]
+
+
+def test_the_search_is_that_of_the_paper():
+    ids = torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(4)).tolist()
+    row, tree = Occurrences(2, ids), SearchTree(nodes=14, depth=3, iterations=50, exploration=4.0)
+    tokens, parents = tree.search(row, 3)
+    paths = []
+    for token, parent in zip(tokens, parents, strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    assert paths == searched(tree, row, 3) and len(set(paths)) > 8
