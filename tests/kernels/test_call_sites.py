@@ -1,6 +1,7 @@
 """Models, decodings and tokenizers with kernels in place of the references give what they give without."""
 
 from collections import Counter
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -20,8 +21,9 @@ from hf_argen import (
 from hf_argen.generation import sampling
 from hf_argen.generation.decoding import DecodingResult
 from hf_argen.generation.decoding.speculative.acceptance import Walk
+from hf_argen.generation.predictors import next_token
 from hf_argen.generation.warping import fusible, warped
-from hf_argen.kernels import mode, use
+from hf_argen.kernels import mode, tree_attention, use
 from hf_argen.modeling.layers import attention
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
@@ -38,10 +40,12 @@ SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
 def test_pictures(family):
     """The same tokens, drawn with guidance; the operations that the family needs run, and no others."""
     model = MODELS[family]()
+    # The interpreter is slow, and one token is drawn like the other.
+    options = SAMPLING if family == "var" else {**SAMPLING, "max_new_tokens": 5}
 
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **SAMPLING)
+        return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **options)
 
     expected = draw()
     with use("triton"), guarded_memory(), Recorder() as recorder:
@@ -149,6 +153,14 @@ TREES = {
 }
 
 
+def trees_alone() -> ExitStack:
+    """Within the `with` block this operation runs as a kernel, and no other."""
+    stack = ExitStack()
+    for module in (next_token, tree_attention):
+        stack.enter_context(mock.patch.object(module, "runs_kernel", lambda tensor: True))
+    return stack
+
+
 @pytest.mark.parametrize("kind", TREES)
 @pytest.mark.parametrize("family", NEXT_TOKEN_FAMILIES)
 @torch.no_grad()
@@ -163,13 +175,25 @@ def test_attention_to_trees(family, kind):
     if kind == "static":
         options["cache_implementation"] = "static"
     expected = model.generate([1, 2], **options)
-    with use("triton"), Recorder() as recorder:
+    with trees_alone(), Recorder() as recorder:
         assert torch.equal(model.generate([1, 2], **options), expected)
-    assert "tree_attention" in {str(operation).split(".")[1] for operation, _, _ in recorder.calls}
+    assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"tree_attention"}
     model.set_attn_implementation("tree_attention")
     with mock.patch.object(attention, "tree_attention", wraps=attention.tree_attention) as called:
         assert torch.equal(model.generate([1, 2], **options), expected)
     assert called.call_count
+
+
+@torch.no_grad()
+def test_a_picture_that_is_drafted():
+    """All kernels together."""
+    model, drafter = tiny_llamagen(num_hidden_layers=1), tiny_llamagen(num_hidden_layers=1)
+    options = {"decoding": SpeculativeDecoding(drafter), "do_sample": False, "max_new_tokens": 4}
+    expected = model.generate([1], **options)
+    with use("triton"), Recorder() as recorder:
+        assert torch.equal(model.generate([1], **options), expected)
+    used = {str(operation).split(".")[1] for operation, _, _ in recorder.calls}
+    assert used == {"adaln", "qk_norm_rope_cached", "tree_attention", "verify_draft"}
 
 
 def test_padding_is_hidden_from_trees():
