@@ -157,7 +157,7 @@ def trees_alone() -> ExitStack:
     """Within the `with` block this operation runs as a kernel, and no other."""
     stack = ExitStack()
     for module in (next_token, tree_attention):
-        stack.enter_context(mock.patch.object(module, "runs_kernel", lambda tensor: True))
+        stack.enter_context(mock.patch.object(module, "runs_kernel", return_value=True))
     return stack
 
 
