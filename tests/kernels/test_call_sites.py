@@ -1,17 +1,34 @@
 """Models, decodings and tokenizers with kernels in place of the references give what they give without."""
 
 from collections import Counter
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from hf_argen import (
+    Chain,
+    DraftModel,
+    DynamicTree,
+    IndependentSequences,
+    NextToken,
+    SpeculativeDecoding,
+    SpeculativeJacobi,
+    StaticTree,
+)
 from hf_argen.generation import sampling
+from hf_argen.generation.decoding import DecodingResult
+from hf_argen.generation.decoding.speculative.acceptance import Walk
+from hf_argen.generation.predictors import next_token
 from hf_argen.generation.warping import fusible, warped
-from hf_argen.kernels import mode, use
+from hf_argen.kernels import mode, tree_attention, use
+from hf_argen.modeling.layers import attention
 
-from ..helpers.enumerator import Enumerator
-from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_var
+from ..helpers.enumerator import Enumerator, assert_same_distribution
+from ..helpers.table_model import TableModel, distribution, run
+from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_llamagen, tiny_var
 from .kernel_base import Recorder, guarded_memory
 
 MODELS = {"var": tiny_var, **{name: make for name, (make, _) in NEXT_TOKEN_FAMILIES.items()}}
@@ -23,10 +40,12 @@ SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
 def test_pictures(family):
     """The same tokens, drawn with guidance; the operations that the family needs run, and no others."""
     model = MODELS[family]()
+    # The interpreter is slow, and one token is drawn like the other.
+    options = SAMPLING if family == "var" else {**SAMPLING, "max_new_tokens": 5}
 
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **SAMPLING)
+        return model.generate(torch.tensor([1]), guidance_scale=2.0, generator=generator, **options)
 
     expected = draw()
     with use("triton"), guarded_memory(), Recorder() as recorder:
@@ -92,6 +111,111 @@ def test_warpers_in_any_order(order):
     expected = warped(processors, scores, ids)
     with use("triton"):
         assert torch.equal(warped(processors, scores, ids), expected)
+
+
+DRAFTS = {
+    "chain": Chain(3),
+    "without replacement": StaticTree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 1, 0]]),
+    "the best": StaticTree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]], draw=False),
+    "dynamic": DynamicTree(total_token=6, depth=2, top_k=2),
+}
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_drafts_are_verified(name, do_sample, monkeypatch):
+    """The same tokens, rows of unequal length included, from the same numbers."""
+    # On a GPU a walk down a tree looks up nothing, so it draws for every candidate.
+    monkeypatch.setattr(Walk, "nobody", lambda self, who: False)
+    model, drafter = TableModel(6, 0), TableModel(6, 1)
+    decoding = SpeculativeDecoding(DraftModel(drafter), DRAFTS[name])
+
+    def draw(seed: int) -> DecodingResult:
+        torch.manual_seed(seed)
+        return run(decoding, model, [[0, 1], [2, 1], [5, 3]], 9, do_sample, [TopKLogitsWarper(4)])
+
+    for seed in range(3 if do_sample else 1):
+        expected = draw(seed)
+        with use("triton"), guarded_memory(), Recorder() as recorder:
+            found = draw(seed)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.details["accept_lengths"], expected.details["accept_lengths"])
+        called = [str(operation).split(".")[1] for operation, _, _ in recorder.calls]
+        assert called.count("verify_draft") >= found.details["accept_lengths"].shape[1] - 1
+
+
+TREES = {
+    "window": lambda make: SpeculativeJacobi(window=4),
+    "tree": lambda make: SpeculativeDecoding(
+        make(num_hidden_layers=1), StaticTree([[0], [1], [0, 0]], draw=False)
+    ),
+    "static": lambda make: None,
+}
+
+
+def trees_alone() -> ExitStack:
+    """Within the `with` block this operation runs as a kernel, and no other."""
+    stack = ExitStack()
+    for module in (next_token, tree_attention):
+        stack.enter_context(mock.patch.object(module, "runs_kernel", return_value=True))
+    return stack
+
+
+@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize("family", NEXT_TOKEN_FAMILIES)
+@torch.no_grad()
+def test_attention_to_trees(family, kind):
+    """
+    A Jacobi window, trees of drafts in rows of unequal length, and a memory whose empty places no one sees: with the kernel,
+    and with its reference where the model asks for `tree_attention`, the tokens of sdpa.
+    """
+    make, _ = NEXT_TOKEN_FAMILIES[family]
+    model = make(num_hidden_layers=1)
+    options = {"guidance_scale": 2.0, "do_sample": False, "max_new_tokens": 6, "decoding": TREES[kind](make)}
+    if kind == "static":
+        options["cache_implementation"] = "static"
+    expected = model.generate([1, 2], **options)
+    with trees_alone(), Recorder() as recorder:
+        assert torch.equal(model.generate([1, 2], **options), expected)
+    assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"tree_attention"}
+    model.set_attn_implementation("tree_attention")
+    with mock.patch.object(attention, "tree_attention", wraps=attention.tree_attention) as called:
+        assert torch.equal(model.generate([1, 2], **options), expected)
+    assert called.call_count
+
+
+@torch.no_grad()
+def test_a_picture_that_is_drafted():
+    """All kernels together."""
+    model, drafter = tiny_llamagen(num_hidden_layers=1), tiny_llamagen(num_hidden_layers=1)
+    options = {"decoding": SpeculativeDecoding(drafter), "do_sample": False, "max_new_tokens": 4}
+    expected = model.generate([1], **options)
+    with use("triton"), Recorder() as recorder:
+        assert torch.equal(model.generate([1], **options), expected)
+    used = {str(operation).split(".")[1] for operation, _, _ in recorder.calls}
+    assert used == {"adaln", "qk_norm_rope_cached", "tree_attention", "verify_draft"}
+
+
+def test_padding_is_hidden_from_trees():
+    """Captions of unequal length, of which the null condition has the same padding."""
+    model = tiny_llamagen(condition_type="text", text_embed_dim=12, max_prompt_tokens=4, num_hidden_layers=1)
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    inputs = {"prompt_embeds": torch.randn(2, 4, 12), "prompt_attention_mask": mask, "max_new_tokens": 4}
+    expected = model.generate(**inputs, guidance_scale=2.0, do_sample=False)
+    model.set_attn_implementation("tree_attention")
+    assert torch.equal(model.generate(**inputs, guidance_scale=2.0, do_sample=False), expected)
+
+
+def test_drafts_that_the_kernel_does_not_try():
+    """Sequences that share no prefix may come twice; the walk verifies them, and a test that enumerates every branch is asked."""
+    model, drafter = TableModel(3, 0), TableModel(3, 1)
+    decoding = SpeculativeDecoding(DraftModel(drafter), IndependentSequences(2, 1))
+    with use("triton"), Recorder() as recorder:
+        run(decoding, model, [[0, 1]], 3)
+        assert "verify_draft" not in {str(operation).split(".")[1] for operation, _, _ in recorder.calls}
+        chain = SpeculativeDecoding(DraftModel(drafter), Chain(1))
+        found = distribution(chain, model, [[0, 1]], 2)
+    assert_same_distribution(found, distribution(NextToken(), model, [[0, 1]], 2))
 
 
 def test_draws_follow_the_generators():

@@ -116,6 +116,16 @@ def randomness(source: Randomness) -> Iterator[Randomness]:
         _source.reset(token)
 
 
+def runs_fused(scores: torch.Tensor) -> bool:
+    """Whether a kernel draws in place of the primitives, from noise that it is given; not where a test chooses."""
+    return _source.get() is _TORCH and runs_kernel(scores)
+
+
+def exponential(like: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Standard exponential noise, shape and dtype of `like` (batch, ...), for kernels; see [`runs_fused`]."""
+    return TorchRandomness.exponential(like, generator)
+
+
 def categorical(probs: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     """
     One draw from each distribution.
@@ -141,10 +151,9 @@ def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     Returns:
         (batch, ...) int64.
     """
-    source = _source.get()
-    if source is not _TORCH or not runs_kernel(scores):
-        return source.categorical(scores.softmax(dim=-1), generator)
-    noise = TorchRandomness.exponential(scores, generator)
+    if not runs_fused(scores):
+        return categorical(scores.softmax(dim=-1), generator)
+    noise = exponential(scores, generator)
     rows = (-1, scores.shape[-1])
     return sample_logits(scores.reshape(rows), noise.view(rows))[0].view(scores.shape[:-1])
 

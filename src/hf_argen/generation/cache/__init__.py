@@ -1,5 +1,5 @@
 """Key-value caches that decodings can fill, roll back and reorder."""
 
-from .preallocated import PreallocatedCache
+from .preallocated import PreallocatedCache, TreeView
 
-__all__ = ["PreallocatedCache"]
+__all__ = ["PreallocatedCache", "TreeView"]

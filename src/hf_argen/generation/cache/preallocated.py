@@ -1,13 +1,34 @@
 """A key-value cache that owns its memory from the start and rolls back by moving a pointer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...kernels.qk_norm_rope import Slot
 from ...kernels.qk_norm_rope.reference import write
+
+
+class TreeView(NamedTuple):
+    """
+    What the last nodes see of a cache, as `kernels.tree_attention` takes it, in place of a mask.
+
+    Attributes:
+        starts: (rows,) int64, where the committed positions of each row end and its nodes begin.
+        ancestors: (rows or 1, n, words) int32, packed, the nodes that each of the last n sees.
+        nodes: how many nodes there are.
+        hidden: (rows, words) int32, packed, padding of the prompt; `None` without.
+    """
+
+    starts: torch.Tensor
+    ancestors: torch.Tensor
+    nodes: int
+    hidden: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "TreeView":
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return TreeView(self.starts.to(device), self.ancestors.to(device), self.nodes, hidden)
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -151,6 +172,7 @@ class PreallocatedCache(Cache):
     def __init__(self, num_layers: int, capacity: int, fixed: bool = False, whole: bool = False):
         super().__init__(layers=[PreallocatedLayer(capacity, fixed, whole) for _ in range(num_layers)])
         self.memo: dict[Any, torch.Tensor] = {}
+        self.tree: TreeView | None = None  # where attention goes by it, not by a mask
 
     def remember(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor stored under `key`, computed on the first call; for values that no step changes."""
@@ -182,7 +204,7 @@ class PreallocatedCache(Cache):
 
     def clear(self) -> None:
         """Forgets everything; the memory of every layer stays where it is."""
-        self.memo = {}
+        self.memo, self.tree = {}, None
         for layer in self.layers:
             layer.clear()
 

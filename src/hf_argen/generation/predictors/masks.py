@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.tree_attention import pack
+from ..cache import TreeView
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -52,6 +55,13 @@ class View:
         if pattern.window is not None or pattern.chunk is not None:
             seen &= self._near(pattern, column, node, index, rows)
         return seen
+
+    def packed(self, rows: int) -> TreeView:
+        """The same without patterns, for `kernels.tree_attention`."""
+        copies = rows // len(self.starts)
+        ancestors = self.ancestors if len(self.ancestors) == 1 else self.ancestors.repeat(copies, 1, 1)
+        hidden = None if self.hidden is None else pack(self.hidden)
+        return TreeView(self.starts.repeat(copies), pack(ancestors), ancestors.shape[-1], hidden)
 
     def _near(
         self, pattern: Pattern, column: torch.Tensor, node: torch.Tensor, index: torch.Tensor, rows: int

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.dispatch import runs_kernel
 from ..cache import PreallocatedCache
 from ..guidance import Combiner, Guidance, SoftCFG
 from .base import Predictor
@@ -118,6 +119,10 @@ class NextTokenPredictor(Predictor):
     def feed(self, tokens: torch.Tensor, positions: torch.Tensor, needs_mask: bool) -> torch.Tensor:
         """Feeds tokens (rows, n) at their positions; logits (rows, n, vocab_size)."""
         needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
+        self._cache.tree = None
+        if needs_mask and self.goes_by_tree():
+            needs_mask = False
+            self._cache.tree = self.view(tokens.shape[1]).packed(len(tokens))
         return self.model.next_logits(
             input_ids=tokens,
             position_ids=positions.clamp(max=self._prompt_length + self.num_tokens - 1),
@@ -126,6 +131,15 @@ class NextTokenPredictor(Predictor):
             logits_to_keep=tokens.shape[1],
             **self._context,
         )
+
+    def goes_by_tree(self) -> bool:
+        """Whether attention takes a [`TreeView`] in place of a mask: where it is a kernel, or the model asks for it."""
+        if not getattr(self.model, "reads_trees", False):
+            return False
+        implementation = self.model.config._attn_implementation
+        if implementation in ("eager", "sdpa"):
+            return runs_kernel(self._cache.layers[0].keys)
+        return implementation == "tree_attention"
 
     # What is the same
 
@@ -296,21 +310,25 @@ class NextTokenPredictor(Predictor):
 
     def mask(self, n: int, dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
         """The additive mask (rows, 1, n, columns) of the last `n` nodes; one for each kind of layer."""
-        device, patterns = self.length.device, self.patterns()
         rows = self.batch_size * (2 if self.is_guided else 1)
+        patterns = self.patterns()
         if patterns == Pattern() and self.is_even and self._hidden is None and not self.is_static:
             committed = self._prompt_length + self._lengths[0]
-            return additive_of_nodes(committed, self._nodes.ancestors(n, device), rows, dtype)
-        columns = self._prompt_length + max(self._lengths) + self._nodes.size
-        view = View(
-            starts=self.length + self._prompt_length,
-            columns=self._cache.capacity if self.is_static else columns,
-            ancestors=self._nodes.ancestors(n, device),
-            hidden=self._hidden,
-        )
+            return additive_of_nodes(committed, self._nodes.ancestors(n, self.length.device), rows, dtype)
+        view = self.view(n)
         if isinstance(patterns, Pattern):
             return additive(view.visible(patterns, rows), dtype)
         return {kind: additive(view.visible(pattern, rows), dtype) for kind, pattern in patterns.items()}
+
+    def view(self, n: int) -> View:
+        """What the last `n` nodes see."""
+        columns = self._prompt_length + max(self._lengths) + self._nodes.size
+        return View(
+            starts=self.length + self._prompt_length,
+            columns=self._cache.capacity if self.is_static else columns,
+            ancestors=self._nodes.ancestors(n, self.length.device),
+            hidden=self._hidden,
+        )
 
     def commit(self, keep: torch.Tensor | None = None, count: torch.Tensor | list[int] | None = None) -> None:
         """

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...generation.cache import PreallocatedCache
+from ...generation.cache import PreallocatedCache, TreeView
 from ...kernels.dispatch import runs_kernel
 from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.tree_attention import tree_attention
 
 
 def eager_attention_forward(
@@ -36,6 +38,33 @@ def eager_attention_forward(
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def tree_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: TreeView | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of the last nodes of a cache by `kernels.tree_attention`, for transformers' interface; without a tree, as in a
+    prompt or in training, sdpa.
+    """
+    if tree is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    starts, ancestors, nodes, hidden = tree.to(query.device)
+    attended = tree_attention(query, key, value, starts, ancestors, nodes, hidden, scaling)
+    return attended.transpose(1, 2), None
+
+
+AttentionInterface.register("tree_attention", tree_attention_forward)
 
 
 def attention_function(implementation: str) -> Callable:
@@ -87,7 +116,10 @@ class HeadedAttention(nn.Module):
                 query, key = qk_norm_rope(query, key, **preparation)
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
-        attended, _ = attention_function(self.config._attn_implementation)(
+        implementation, more = self.config._attn_implementation, {}
+        if (tree := getattr(past_key_values, "tree", None)) is not None:
+            implementation, more = "tree_attention", {"tree": tree}
+        attended, _ = attention_function(implementation)(
             self,
             query,
             key,
@@ -95,6 +127,7 @@ class HeadedAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
+            **more,
         )
         output = self.o_proj(attended.flatten(2))
         # At one token a step, calls of modules count.

@@ -123,6 +123,7 @@ class RarPreTrainedModel(ArgenPreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    reads_trees = True  # its attention takes a TreeView of the cache in place of a mask
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

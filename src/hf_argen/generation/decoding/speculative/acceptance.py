@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from ...sampling import acceptance, bernoulli, categorical, one_hot, residual
+from ...sampling import acceptance, bernoulli, categorical, one_hot, residual, runs_fused
 from ...stored import Part
 from ..base import Guarantee
 from .draft_tree import DraftContext, DraftTree
+from .fused import can_verify, greedy, verified
 
 
 @dataclass
@@ -65,6 +66,8 @@ class AcceptanceRule(Part, ABC):
             tree: the n drafts.
         """
         if not context.do_sample:
+            if runs_fused(scores) and can_verify(tree):
+                return completed(*verified(greedy(scores), tree, context, is_greedy=True), tree)
             return matching(scores.argmax(dim=-1), tree)
         return self.sample(scores, tree, context)
 
@@ -138,6 +141,8 @@ class RejectionSampling(AcceptanceRule):
 
     def sample(self, scores: torch.Tensor, tree: DraftTree, context: DraftContext) -> Verdict:
         probs = scores.softmax(dim=-1)
+        if runs_fused(probs) and can_verify(tree):
+            return completed(*verified(probs, tree, context, is_greedy=False), tree)
         if tree.is_chain:
             return self._chain(probs, tree, context)
         return Walk(probs, tree, context).run(self._level)
