@@ -125,9 +125,7 @@ class LongSkipLayer(PreNormLayer):
         intermediate_size: int,
         qkv_bias: bool = True,
     ):
-        super().__init__(
-            config, hidden_size, num_attention_heads, intermediate_size, qkv_bias=qkv_bias
-        )
+        super().__init__(config, hidden_size, num_attention_heads, intermediate_size, qkv_bias=qkv_bias)
         self.skip_proj = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

@@ -100,7 +100,9 @@ class MaskGitConfig(PreTrainedConfig):
     def _complete_tokens(self) -> None:
         """Codes and number of tokens from the tokenizer, of one row or of one grid."""
         tokenizer = self.image_tokenizer_config
-        if isinstance(tokenizer, GridTokenizerConfigMixin) or (tokenizer is None and self.grid_size is not None):
+        if isinstance(tokenizer, GridTokenizerConfigMixin) or (
+            tokenizer is None and self.grid_size is not None
+        ):
             complete_from_tokenizer(self, codebook_size=1024, grid_size=16)
             height, width = as_sides(self.grid_size)
             if self.num_image_tokens not in (None, height * width):
@@ -126,7 +128,9 @@ class MaskGitConfig(PreTrainedConfig):
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers splits the modules of [`MaskGitModel`] over devices; attention is split by heads."""
         plan: dict[str, str] = {}
-        places = ("layers.*",) if self.architecture == "bert" else ("in_layers.*", "mid_layer", "out_layers.*")
+        places = (
+            ("layers.*",) if self.architecture == "bert" else ("in_layers.*", "mid_layer", "out_layers.*")
+        )
         for layer in places:
             plan |= {f"{layer}.self_attn.{name}_proj": "colwise" for name in "qkv"}
             plan |= {f"{layer}.self_attn.o_proj": "rowwise"}
