@@ -140,7 +140,7 @@ class MaskGitConfig(PreTrainedConfig):
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of the token grid, as a list of one; tokens that are no grid are one row."""
-        return [(1, self.num_image_tokens) if self.grid_size is None else as_sides(self.grid_size)]
+        return [(1, self.num_image_tokens or 0) if self.grid_size is None else as_sides(self.grid_size)]
 
     @property
     def image_size(self) -> list[int]:

@@ -23,6 +23,7 @@ from ..masked_training import MaskedIdTrainingMixin
 from ..vector_condition import VectorConditionMixin, VectorConditionModules
 from .configuration_maskgit import MaskGitConfig, check_tokens
 
+LAYERS = {"bert": ["PostNormLayer"], "uvit": ["PreNormLayer", "LongSkipLayer"]}
 DEFAULT_STEPS, DEFAULT_NOISE = 8, 4.5  # of the authors' sampler
 
 
@@ -51,11 +52,15 @@ class MaskGitPreTrainedModel(ArgenPreTrainedModel):
     main_input_name = "class_labels"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PostNormLayer", "PreNormLayer", "LongSkipLayer"]
     _keep_in_fp32_modules = ["image_tokenizer", "text_projection", "head.out_proj"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+
+    def __init__(self, config: MaskGitConfig):
+        super().__init__(config)
+        # FSDP asks for every class by name and refuses those that the model does not have.
+        self._no_split_modules = LAYERS[config.architecture]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -167,7 +172,7 @@ class MaskGitForImageGeneration(
         self.image_tokenizer = self.build_image_tokenizer(config.image_tokenizer_config)
         self.generation_config.decoding = {
             "type": "masked",
-            "num_steps": min(DEFAULT_STEPS, config.num_image_tokens),
+            "num_steps": min(DEFAULT_STEPS, self.model.position_embedding.num_embeddings - 1),
             "order": "confidence",
             "schedule": "arccos",
             "randomize_temperature": DEFAULT_NOISE,
