@@ -170,7 +170,11 @@ def test_distribution_by_all_branches(order):
 def test_noise_falls_to_nothing():
     """The last step takes the likeliest tokens; with one step there is no noise at all."""
     model = tiny_maskgit()
-    options = {"class_labels": [1, 2], "guidance_scale": 1.0, "decoding": Masked(1, "confidence", "arccos", 50.0)}
+    options = {
+        "class_labels": [1, 2],
+        "guidance_scale": 1.0,
+        "decoding": Masked(1, "confidence", "arccos", 50.0),
+    }
     one = model.generate(**options, do_sample=True)
     assert torch.equal(one, model.generate(**options, do_sample=False))
     options["decoding"] = Masked(5, "confidence", "arccos", 50.0)
@@ -233,7 +237,7 @@ def test_bad_requests(options, message):
 
 @pytest.mark.parametrize("noise", [-1.0, "much", float("inf")])
 def test_bad_noise(noise):
-    with pytest.raises(ValueError, match="randomize_temperature is .*; it must be a number, 0 or above"):
+    with pytest.raises(ValueError, match=r"randomize_temperature is .*; it must be a number, 0 or above"):
         Masked(randomize_temperature=noise)
 
 

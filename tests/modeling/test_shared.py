@@ -363,7 +363,9 @@ class TestMaskGit(MaskedIdFamilyTests):
 class TestMaskGitOfUvit(TestMaskGit):
     """The other transformer on a grid that is not square, with a text encoder inside the model."""
 
-    test_killed_while_saving = None  # the form of the layers changes nothing in how files are written and read
+    test_killed_while_saving = (
+        None  # the form of the layers changes nothing in how files are written and read
+    )
     test_hostile_folders_are_refused = None
     num_tokens = 8
     num_hidden = 5
