@@ -80,7 +80,8 @@ def key_map(architecture: str, codes: int, classes: int) -> KeyMap:
     """
     is_bert = architecture == "bert"
     ranges = {
-        "model.embed_tokens.weight": (0, codes + 1),
+        "model.embed_tokens.weight": (0, codes),
+        "model.mask_embedding.weight": (codes, codes + 1),
         "model.class_embedding.weight": (codes + 1, codes + classes + 2),
     }
     name = "model.embeddings.word_embeddings.weight" if is_bert else "embeddings.weight"

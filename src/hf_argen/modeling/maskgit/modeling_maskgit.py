@@ -84,7 +84,8 @@ class MaskGitModel(VectorConditionModules, MaskGitPreTrainedModel):
         super().__init__(config)
         hidden, depth = config.hidden_size, config.num_hidden_layers
         sizes = (hidden, config.num_attention_heads, config.intermediate_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size + 1, hidden)
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.mask_embedding = nn.Embedding(1, hidden)
         self.add_condition_modules(config)
         self.position_embedding = nn.Embedding(1 + config.num_image_tokens, hidden)
         if config.architecture == "bert":
@@ -125,7 +126,10 @@ class MaskGitModel(VectorConditionModules, MaskGitPreTrainedModel):
         Returns:
             `last_hidden_state` (batch, tokens, hidden_size).
         """
-        embedded = self.embed_tokens(input_ids)
+        is_hidden = input_ids == self.mask_id
+        embedded = self.embed_tokens(input_ids.masked_fill(is_hidden, 0))
+        masked = self.mask_embedding(torch.zeros_like(input_ids[:1, :1]))
+        embedded = torch.where(is_hidden.unsqueeze(-1), masked, embedded)
         hidden_states = torch.cat([condition.unsqueeze(1).to(embedded.dtype), embedded], dim=1)
         places = torch.arange(hidden_states.shape[1], device=input_ids.device)
         hidden_states = hidden_states + self.position_embedding(places)
