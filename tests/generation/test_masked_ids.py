@@ -4,9 +4,16 @@ import itertools
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, StoppingCriteriaList
+from PIL import Image
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteriaList,
+    pipeline,
+)
 
 from hf_argen import Masked, compatible_decodings
+from hf_argen.auto import new_processor
 from hf_argen.generation.schedules import hidden_after_steps
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
@@ -200,6 +207,14 @@ def test_kept_tokens_stay():
         assert torch.equal(together[1:], alone)
     with pytest.raises(ValueError, match="of 1x5 tokens, which are no places of the picture"):
         model.generate([1], input_ids=source[:1], keep_mask=torch.ones(8, 8))
+
+
+def test_masks_of_pixels_say_nothing_of_one_row():
+    model = tiny_maskgit()
+    draw = pipeline("image-inpainting", model=model, processor=new_processor(model.config))
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="The tokens of this model are no places of the picture"):
+        draw(picture, picture.convert("L"))
 
 
 def test_pictures_on_the_way():
