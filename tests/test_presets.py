@@ -27,6 +27,7 @@ def reference():
         ("hf_argen.modeling.rar", "rar"),
         ("hf_argen.modeling.tokenizers.maskgit_vq", "maskgit-vq"),
         ("hf_argen.modeling.mar", "mar"),
+        ("hf_argen.modeling.maskgit", "maskgit"),
         ("hf_argen.modeling.tokenizers.kl_vae", "kl-vae"),
         ("hf_argen.modeling.tokenizers.titok", "titok"),
     ],

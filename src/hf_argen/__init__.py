@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .modeling.llamagen.modeling_llamagen import LlamaGenForImageGeneration, LlamaGenModel
     from .modeling.mar.configuration_mar import MarConfig
     from .modeling.mar.modeling_mar import MarForImageGeneration, MarModel
+    from .modeling.maskgit.configuration_maskgit import MaskGitConfig
+    from .modeling.maskgit.modeling_maskgit import MaskGitForImageGeneration, MaskGitModel
     from .modeling.rar.configuration_rar import RarConfig
     from .modeling.rar.modeling_rar import RarForImageGeneration, RarModel
     from .modeling.tokenizers.kl_vae.configuration_kl_vae import KlVaeConfig
@@ -76,6 +78,9 @@ _SOURCES = {
     "LlamaGenProcessor": "processors.processing_llamagen",
     "LlamaGenVQConfig": "modeling.tokenizers.llamagen_vq.configuration_llamagen_vq",
     "LlamaGenVQModel": "modeling.tokenizers.llamagen_vq.modeling_llamagen_vq",
+    "MaskGitConfig": "modeling.maskgit.configuration_maskgit",
+    "MaskGitForImageGeneration": "modeling.maskgit.modeling_maskgit",
+    "MaskGitModel": "modeling.maskgit.modeling_maskgit",
     "MaskGitVQConfig": "modeling.tokenizers.maskgit_vq.configuration_maskgit_vq",
     "MaskGitVQModel": "modeling.tokenizers.maskgit_vq.modeling_maskgit_vq",
     "MultiScaleVQConfig": "modeling.tokenizers.multiscale_vq.configuration_multiscale_vq",
@@ -141,6 +146,9 @@ __all__ = [
     "LlamaGenProcessor",
     "LlamaGenVQConfig",
     "LlamaGenVQModel",
+    "MaskGitConfig",
+    "MaskGitForImageGeneration",
+    "MaskGitModel",
     "MaskGitVQConfig",
     "MaskGitVQModel",
     "MultiScaleVQConfig",

@@ -35,6 +35,8 @@ class Family:
         processor: what `AutoProcessor` gives, its whole dotted name, since families share processors.
         picture_processor: of a visual tokenizer, the processor of the family that it was made for, its whole dotted
             name; it brings pictures to their size as the authors do.
+        generated_by: of a visual tokenizer, the name of the family of the generators that its authors released under the
+            same name; `convert_original` converts their files, too.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     generator: str | None = None
     processor: str | None = None
     picture_processor: str | None = None
+    generated_by: str | None = None
 
     def load(self, class_name: str) -> Any:
         """The class behind one of the dotted names."""
@@ -134,7 +137,17 @@ FAMILIES = {
             title="TiTok, visual tokenizers of a few tokens in one row (arXiv 2406.07550)",
             config="configuration_titok.TitokConfig",
             base_model="modeling_titok.TitokModel",
+            generated_by="maskgit",
             picture_processor="hf_argen.processors.processing_rar.RarProcessor",
+        ),
+        Family(
+            name="maskgit",
+            package="hf_argen.modeling.maskgit",
+            title="MaskGIT, masked generation of ids, and TiTok's generators (arXiv 2202.04200, arXiv 2406.07550)",
+            config="configuration_maskgit.MaskGitConfig",
+            base_model="modeling_maskgit.MaskGitModel",
+            generator="modeling_maskgit.MaskGitForImageGeneration",
+            processor="hf_argen.processors.processing_rar.RarProcessor",
         ),
         Family(
             name="mar",
@@ -200,11 +213,13 @@ def new_processor(config: PreTrainedConfig) -> ProcessorMixin | None:
     family = FAMILIES[config.model_type]
     if family.processor is None:
         return None
-    factor = getattr(
-        config.image_tokenizer_config, "downsampling_factor", 16
-    )  # 16 where it is not part of the model
-    factor *= getattr(config, "patch_size", 1)  # of latents to a token
-    image_size = [side * factor for side in config.grid_sizes[-1]]
+    image_size = getattr(config, "image_size", None)
+    if image_size is None:
+        factor = getattr(
+            config.image_tokenizer_config, "downsampling_factor", 16
+        )  # 16 where it is not part of the model
+        factor *= getattr(config, "patch_size", 1)  # of latents to a token
+        image_size = [side * factor for side in config.grid_sizes[-1]]
     classes = None
     if config.condition_type == "class" and config.num_classes == NUM_IMAGENET_CLASSES:
         classes = imagenet_class_names()

@@ -33,6 +33,7 @@ def convert_original(
               given in the other two roles take the place of what it holds;
             - `code`: `tokenizer`, `drafter` and `refiner`;
             - `llamagen`, `rar`, `mar`: `transformer` and `tokenizer`, or one of them;
+            - `maskgit`, and `titok` for the same: `generator` and `tokenizer`, or one of them;
             - `multiscale_vq`, `llamagen_vq`, `maskgit_vq`, `kl_vae`, `titok`: `tokenizer`.
         original_config: role -> the authors' constructor arguments in their own names (for `trainer`, those
             of `transformer` and `tokenizer`). All that the weights' shapes tell is inferred, so it may be
@@ -51,6 +52,8 @@ def convert_original(
     """
     found = family_named(family)
     if isinstance(files, Mapping):
+        if found.generated_by is not None and not files.keys() <= converter_of(found.package).roles.keys():
+            found = family_named(found.generated_by)
         return convert(converter_of(found.package), files, original_config)
     if original_config is not None:
         raise ConversionError("A preset brings its own original_config; give files by role to use another.")

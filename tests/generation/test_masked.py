@@ -464,7 +464,7 @@ def test_bad_options():
         ({"logits_processor": LogitsProcessorList([lambda ids, scores: scores])}, "have no logits for"),
         (
             {"stopping_criteria": StoppingCriteriaList([lambda ids, scores: True])},
-            "reads ids, which continuous",
+            "reads a sequence of ids",
         ),
         ({"guidance_schedule": [1.0, 2.0], "guidance_scale": 2.0}, "has 2 factors; this model takes"),
     ):

@@ -26,6 +26,7 @@ from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.tiny import (
     spread,
     tiny_mar,
+    tiny_maskgit,
     tiny_next_token,
     tiny_var,
     tokenizer_config,
@@ -176,6 +177,21 @@ class TestMasked(DecodingTests):
     def test_distribution_is_the_plain_one(self):
         """Proved in test_masked.py, on a head of two values."""
         assert self.decoding_class.type_name() == self.plain
+
+
+class TestMaskedOfIds(TestMasked):
+    """Its distribution is proved in test_masked_ids.py."""
+
+    options = {
+        "num_steps": 4,
+        "order": "confidence",
+        "schedule": "arccos",
+        "randomize_temperature": 2.0,
+        "softmax_temperature_annealing": True,
+    }
+
+    def make_model(self):
+        return tiny_maskgit()
 
 
 class TestDiffusionStepAnnealing(DecodingTests):

@@ -13,6 +13,8 @@ from hf_argen import (
     LlamaGenVQConfig,
     MarConfig,
     MarForImageGeneration,
+    MaskGitConfig,
+    MaskGitForImageGeneration,
     MaskGitVQConfig,
     MultiScaleVQConfig,
     RarConfig,
@@ -274,6 +276,27 @@ def tiny_mar(**changes) -> MarForImageGeneration:
         for parameter in model.head.parameters():
             parameter.mul_(0.3)
     return model
+
+
+def maskgit_config(**changes) -> MaskGitConfig:
+    """A class-conditional ImageBert of two layers on the five tokens of that TiTok, without dropout."""
+    fields = {
+        "image_tokenizer_config": titok_config(),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_classes": 5,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "condition_dropout": 0.0,
+    }
+    return MaskGitConfig(**{**fields, **changes})
+
+
+def tiny_maskgit(**changes) -> MaskGitForImageGeneration:
+    """The class-conditional model with spread weights."""
+    return spread(MaskGitForImageGeneration(maskgit_config(**changes)))
 
 
 NEXT_TOKEN_FAMILIES = {

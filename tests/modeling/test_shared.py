@@ -15,6 +15,8 @@ from hf_argen import (
     LlamaGenVQModel,
     MarConfig,
     MarForImageGeneration,
+    MaskGitConfig,
+    MaskGitForImageGeneration,
     MaskGitVQConfig,
     MaskGitVQModel,
     MultiScaleVQConfig,
@@ -33,6 +35,7 @@ from ..helpers.tiny import (
     llamagen_config,
     llamagen_vq_config,
     mar_config,
+    maskgit_config,
     maskgit_vq_config,
     rar_config,
     spread,
@@ -44,6 +47,7 @@ from ..helpers.tiny import (
 )
 from .continuous_base import ContinuousFamilyTests
 from .family_base import FamilyTests
+from .masked_ids_base import MaskedIdFamilyTests
 from .tokenizer_base import TokenizerTests
 
 
@@ -344,6 +348,45 @@ class TestTitokOfPixels(TestTitok):
             "decoder_num_attention_heads": 3,
         }
         return super().make_config(**{**fields, **changes})
+
+
+class TestMaskGit(MaskedIdFamilyTests):
+    model_class = MaskGitForImageGeneration
+    num_tokens = 5
+    num_hidden = 3
+    picture = (3, 8, 8)
+
+    def make_config(self, **changes) -> MaskGitConfig:
+        return maskgit_config(**changes)
+
+
+class TestMaskGitOfUvit(TestMaskGit):
+    """The other transformer on a grid that is not square, with a text encoder inside the model."""
+
+    test_killed_while_saving = (
+        None  # the form of the layers changes nothing in how files are written and read
+    )
+    test_hostile_folders_are_refused = None
+    num_tokens = 8
+    num_hidden = 5
+    picture = (3, 4, 8)
+
+    def make_config(self, **changes):
+        encoder = text_encoder_config(12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        fields = {
+            "architecture": "uvit",
+            "num_hidden_layers": 2,
+            "condition_type": "text",
+            "text_encoder_config": encoder,
+            "image_tokenizer_config": maskgit_vq_config(grid_size=[2, 4]),
+        }
+        return super().make_config(**{**fields, **changes})
+
+    def conditions(self, size):
+        ids = torch.arange(size * 5).view(size, 5) % 11 + 1
+        mask = torch.ones_like(ids)
+        mask[0, 3:] = 0
+        return {"prompt_ids": ids * mask, "prompt_attention_mask": mask}
 
 
 class TestMar(ContinuousFamilyTests):

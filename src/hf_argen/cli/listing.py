@@ -57,6 +57,9 @@ def conditions(config: Any) -> str:
 def picture_size(config: Any) -> str:
     """The size of the pictures of a model or visual tokenizer."""
     tokenizer = getattr(config, "image_tokenizer_config", None) or config
+    if (size := getattr(config, "image_size", None)) is not None:
+        height, width = size if isinstance(size, list) else (size, size)
+        return f"{width}x{height} pixels"
     factor = tokenizer.downsampling_factor
     if tokenizer is not config:
         factor *= getattr(config, "patch_size", 1)  # of latents to a token

@@ -107,11 +107,12 @@ def prepare_edit(model: Any, sources: dict[str, Any], keep_mask: Any, batch_size
 def mask_on_grid(model: Any, keep_mask: Any) -> torch.Tensor:
     """A mask on the last token grid or in pixels to (batch, h, w) float32 of 0 and 1 on the grid."""
     grid = model.config.grid_sizes[-1]
-    latents = getattr(
-        model.config, "patch_size", 1
-    )  # of a side of a token, where tokens are squares of several
-    factor = model.check_image_tokenizer().config.downsampling_factor * latents
-    picture = (grid[0] * factor, grid[1] * factor)
+    if getattr(model.config, "grid_size", grid) is None:
+        picture = None  # tokens of one row, none of which is a place of the picture
+    else:
+        latents = getattr(model.config, "patch_size", 1)  # of a side of a token, where these are squares
+        factor = model.check_image_tokenizer().config.downsampling_factor * latents
+        picture = (grid[0] * factor, grid[1] * factor)
     try:
         mask = torch.as_tensor(keep_mask, device=model.input_device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -120,9 +121,12 @@ def mask_on_grid(model: Any, keep_mask: Any) -> torch.Tensor:
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if mask.ndim not in (2, 3) or size not in (grid, picture):
+        pixels = (
+            f" or {picture[0]}x{picture[1]} pixels" if picture else ", which are no places of the picture"
+        )
         raise ValueError(
             f"keep_mask has the shape {tuple(mask.shape)}; give (height, width) or (batch, height, width) of "
-            f"{grid[0]}x{grid[1]} tokens or {picture[0]}x{picture[1]} pixels."
+            f"{grid[0]}x{grid[1]} tokens{pixels}."
         )
     mask = (mask != 0).float().view(-1, *size)
     return mask if size == grid else F.interpolate(mask[:, None], size=grid, mode="nearest")[:, 0]

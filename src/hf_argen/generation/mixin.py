@@ -183,6 +183,9 @@ class ImageGenerationMixin(GenerationMixin):
     def draw_ahead(self, batch_size: int, generator: Generators) -> None:
         """Where the authors' sampler draws random numbers before the first token, draws them, to stay in step."""
 
+    def draw_ahead_of_step(self, batch_size: int, passes: int, generator: Generators) -> None:
+        """As `draw_ahead`, before the tokens of a step that takes so many passes; masked models of ids."""
+
     def _guidance(self, config: GenerationConfig, schedule: GuidanceSchedule | None) -> Guidance:
         if schedule is None:
             schedule = getattr(config, "guidance_schedule", None) or self.default_guidance_schedule

@@ -1,4 +1,7 @@
-"""What masked families draw in training: hidden tokens, dropped conditions, noise (MAR, arXiv 2406.11838)."""
+"""
+What masked families draw in training: hidden tokens, dropped conditions, noise (MAR, arXiv 2406.11838; MaskGIT, arXiv
+2202.04200).
+"""
 
 import math
 from typing import Any
@@ -66,4 +69,36 @@ class MaskedTrainingMixin:
             raise ValueError(
                 f"mask hides {counts.tolist()} tokens; it must hide the same number in every row, and one at least."
             )
+        return mask
+
+
+class MaskedIdTrainingMixin(MaskedTrainingMixin):
+    """For generators of ids, whose rows may hide unequal numbers of tokens, as those of MaskGIT do."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def draw_mask(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """
+        The hidden tokens of each row, (batch_size, tokens) bool, one at least: a share of arccos of a uniform number, over a
+        quarter turn; drawn as by TiTok's authors, from torch's global generator, numbers first.
+        """
+        tokens = self.config.num_image_tokens
+        share = torch.acos(torch.rand(batch_size, device=device)) / (math.pi / 2)
+        hidden = (tokens * share.clamp(1e-6, 1.0)).round().clamp(min=1)
+        ranks = torch.rand(batch_size, tokens, device=device).argsort(dim=-1)
+        return ranks < hidden[:, None]
+
+    def checked_mask(self, mask: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """
+        A given mask as bool.
+
+        Raises:
+            ValueError: another shape, or a row that hides nothing.
+        """
+        expected = (batch_size, self.config.num_image_tokens)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"mask has the shape {tuple(mask.shape)}; it must be {expected}.")
+        mask = mask.bool()
+        counts = mask.sum(dim=1)
+        if not bool(counts.all()):
+            raise ValueError(f"mask hides {counts.tolist()} tokens; it must hide one at least in every row.")
         return mask

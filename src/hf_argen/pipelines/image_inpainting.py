@@ -68,6 +68,11 @@ class ImageInpaintingPipeline(ImageGenerationPipeline):
         return super().__call__([{name: rows[name][i] for name in FIELDS} for i in range(count)], **kwargs)
 
     def preprocess(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        if getattr(self.model.config, "grid_size", self) is None:
+            raise ValueError(
+                "The tokens of this model are no places of the picture, so that a mask of pixels says nothing; keep tokens by "
+                "generate(input_ids=..., keep_mask=...)."
+            )
         for row in batch:
             if unknown := set(row) - set(FIELDS):
                 raise ValueError(

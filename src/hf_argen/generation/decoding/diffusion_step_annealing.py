@@ -55,8 +55,10 @@ class DiffusionStepAnnealing(Masked):
     @classmethod
     def fits(cls, model: Any) -> bool:
         """Models whose head takes a number of steps; a class, whose head is not known, may have such."""
+        if not super().fits(model) or not model.draws_latents:
+            return False
         head = getattr(model, "head", None)
-        return super().fits(model) and (head is None or "num_steps" in head.sample_options())
+        return head is None or "num_steps" in head.sample_options()
 
     def check(self, request: Request) -> None:
         super().check(request)

@@ -1,7 +1,8 @@
 """Masked generation: sets of tokens in any order, each set at once (MAR, arXiv 2406.11838)."""
 
+import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from .. import _compat, sampling
 from ..predictors.masked import MaskedPredictor
 from ..schedules import MASK_SCHEDULES, hidden_after_steps
 from .base import Decoding, DecodingResult, Guarantee, Request
+from .masked_draws import Annealing, Draws, IdDraws, LatentDraws, Step, check_id_options
 
 MOST_STEPS = 64  # unless the decoding says otherwise
 ORDERS = ("random", "raster", "confidence", "numpy")
@@ -89,11 +91,16 @@ class Masked(Decoding):
             sampler draws them, so that its seeds give its pictures; or a permutation of the positions, one for all
             pictures or a list of one for each. Without sampling "random" is one fixed order.
         schedule: how fast the share of hidden tokens falls: "cosine", "linear", "arccos", "square_root" or "square".
+        randomize_temperature: of ids: the Gumbel noise on logits and confidences, as a factor that falls step by step, to
+            nothing at the last (TiTok, arXiv 2406.07550); takes the place of drawing from the model's own distribution.
+        softmax_temperature_annealing: of ids: divide the logits by a number that falls from 1.3 to 0.5 over the steps.
     """
 
     num_steps: int | None = None
     order: str | list = "random"
     schedule: str = "cosine"
+    randomize_temperature: float | None = None
+    softmax_temperature_annealing: bool = False
 
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     predictor_class: ClassVar[type[MaskedPredictor]] = MaskedPredictor
@@ -105,6 +112,9 @@ class Masked(Decoding):
             raise ValueError(f"num_steps is {steps!r}; it must be a whole number of at least 1.")
         if self.schedule not in MASK_SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; known are {', '.join(MASK_SCHEDULES)}.")
+        noise = self.randomize_temperature
+        if noise is not None and not (isinstance(noise, Real) and 0 <= noise < math.inf):
+            raise ValueError(f"randomize_temperature is {noise!r}; it must be a number, 0 or above.")
         if isinstance(self.order, torch.Tensor):
             self.order = self.order.tolist()
         if isinstance(self.order, str) and self.order not in ORDERS:
@@ -123,7 +133,7 @@ class Masked(Decoding):
         predictor = request.predictor
         predictor.start(request.inputs)
         self.check_rows(request, predictor.batch_size)
-        calls_before = request.model.head.calls
+        draws = self.draws(request, predictor)
         plan = self.plan(request, predictor)
         if request.edit is not None:
             self.keep_source(request, predictor, plan)
@@ -131,10 +141,10 @@ class Masked(Decoding):
         for step in range(len(plan.known) - 1):
             if taken and request.stopping_criteria and self.is_over(request, predictor):
                 plan = Plan(plan.orders, [plan.known[step], plan.known[-1]])
-                self.step(request, predictor, plan, 0, 1)
+                self.step(request, predictor, draws, plan, 0, 1)
                 taken += 1
                 break
-            self.step(request, predictor, plan, step, len(plan.known) - 1)
+            self.step(request, predictor, draws, plan, step, len(plan.known) - 1)
             taken += 1
         sequences = request.model.from_tokens(predictor.tokens)
         return DecodingResult(
@@ -142,36 +152,42 @@ class Masked(Decoding):
             decodable=None,
             steps=taken,
             forward_calls=predictor.calls,
-            is_finite=torch.isfinite(sequences).all(),
-            details={"orders": plan.orders, "head_calls": request.model.head.calls - calls_before},
+            is_finite=draws.is_finite(sequences),
+            details={"orders": plan.orders, **draws.details()},
         )
 
+    def draws(self, request: Request, predictor: MaskedPredictor) -> Draws:
+        """What draws the tokens of a request."""
+        if request.model.draws_latents:
+            return LatentDraws(request, predictor)
+        annealing = Annealing(self.randomize_temperature, self.softmax_temperature_annealing)
+        return IdDraws(request, predictor, annealing)  # type: ignore[arg-type]
+
     def step(
-        self, request: Request, predictor: MaskedPredictor, plan: Plan, step: int, num_steps: int
+        self,
+        request: Request,
+        predictor: MaskedPredictor,
+        draws: Draws,
+        plan: Plan,
+        step: int,
+        num_steps: int,
     ) -> None:
         """Predicts, draws and commits the tokens of one step."""
         is_sorted = self.order == "confidence"
         positions, counts = (plan.remaining if is_sorted else plan.positions)(step)
         hidden = predictor.predict(positions=positions)
-        guidance = None
-        if predictor.is_guided:
-            guidance = self.guidance(predictor, plan, step, num_steps)
-        config = request.generation_config
-        head = request.model.head
-        tokens = head.sample(
-            hidden,
-            guidance,
-            temperature=config.temperature if config.do_sample and config.temperature else 1.0,
-            generator=request.generator,
-            do_sample=bool(config.do_sample),
-            **self.head_options(request, predictor, plan, step),
+        guidance = self.guidance(predictor, plan, step, num_steps) if predictor.is_guided else None
+        options = self.head_options(request, predictor, plan, step)
+        tokens, confidence = draws.take(
+            hidden, Step(positions, guidance, (step + 1) / num_steps, is_sorted, options)
         )
-        if is_sorted:
-            confidence = head.confidence(tokens, hidden[: predictor.batch_size])
+        places = None
+        if confidence is not None:
             places = plan.surest_first(step, positions, confidence)
             tokens = tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             positions, counts = plan.positions(step, is_sorted=False)
         predictor.commit(tokens, positions, counts)
+        draws.committed(places, positions)
         if request.streamer is not None:
             request.streamer.put(request.model.decode_images(request.model.from_tokens(predictor.tokens)))
 
@@ -263,6 +279,25 @@ class Masked(Decoding):
             raise ValueError(
                 "order='numpy' differs between the processes of tensor parallelism; take order='random'."
             )
+        if request.model.draws_latents:
+            self.check_latent_options(request)
+        else:
+            check_id_options(request)
+        known = (MaxTimeCriteria, MaxLengthCriteria)
+        if others := [one for one in request.stopping_criteria if not isinstance(one, known)]:
+            raise ValueError(
+                f"{type(others[0]).__name__} reads a sequence of ids, which a masked model does not draw; of stopping criteria "
+                "there is max_time alone."
+            )
+        if request.edit is not None:
+            counts = request.edit.keep.flatten(1).sum(dim=1)
+            if bool((counts == total).any()):
+                raise ValueError("keep_mask keeps all of a picture; nothing is left to draw.")
+            if bool((counts == 0).any()):
+                raise ValueError("keep_mask keeps nothing of a picture; leave the source picture out.")
+
+    def check_latent_options(self, request: Request) -> None:
+        """Refuses what is for ids alone."""
         name = type(request.model).__name__
         if others := [p for p in request.logits_processor if not isinstance(p, TemperatureLogitsWarper)]:
             raise ValueError(
@@ -273,18 +308,9 @@ class Masked(Decoding):
             raise ValueError(
                 f"{name} draws continuous tokens, which have no logits; leave output_logits out."
             )
-        known = (MaxTimeCriteria, MaxLengthCriteria)
-        if others := [one for one in request.stopping_criteria if not isinstance(one, known)]:
-            raise ValueError(
-                f"{type(others[0]).__name__} reads ids, which continuous tokens are not; of stopping criteria there is "
-                "max_time alone."
-            )
-        if request.edit is not None:
-            counts = request.edit.keep.flatten(1).sum(dim=1)
-            if bool((counts == total).any()):
-                raise ValueError("keep_mask keeps all of a picture; nothing is left to draw.")
-            if bool((counts == 0).any()):
-                raise ValueError("keep_mask keeps nothing of a picture; leave the source picture out.")
+        for option in ("randomize_temperature", "softmax_temperature_annealing"):
+            if getattr(self, option):
+                raise ValueError(f"{name} draws continuous tokens, which have no logits; leave {option} out.")
 
     def check_causal(self, request: Request) -> None:
         """Refuses what a model cannot do that draws token after token."""

@@ -18,18 +18,26 @@ class FullAttention(HeadedAttention):
     Args:
         config: with `hidden_dropout`, `attention_dropout` and the attention implementation.
         layer_idx: place of its keys and values in a cache.
+        qkv_bias: of the projections to query, key and value.
     """
 
-    def __init__(self, config: Any, hidden_size: int, num_attention_heads: int, layer_idx: int = 0):
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        num_attention_heads: int,
+        layer_idx: int = 0,
+        qkv_bias: bool = True,
+    ):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = hidden_size // num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -66,6 +74,7 @@ class PreNormLayer(GradientCheckpointingLayer):
 
     Args:
         config: as for [`FullAttention`], with `hidden_act` and `layer_norm_eps`; where text is read, its `hidden_size`.
+        qkv_bias: see [`FullAttention`].
     """
 
     def __init__(
@@ -76,10 +85,11 @@ class PreNormLayer(GradientCheckpointingLayer):
         intermediate_size: int,
         reads_text: bool = False,
         layer_idx: int = 0,
+        qkv_bias: bool = True,
     ):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
-        self.self_attn = FullAttention(config, hidden_size, num_attention_heads, layer_idx)
+        self.self_attn = FullAttention(config, hidden_size, num_attention_heads, layer_idx, qkv_bias)
         self.reads_text = reads_text
         if reads_text:
             self.text_layernorm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
@@ -102,3 +112,22 @@ class PreNormLayer(GradientCheckpointingLayer):
             normed = self.text_layernorm(hidden_states)
             hidden_states = hidden_states + self.cross_attn(normed, text, text_mask)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LongSkipLayer(PreNormLayer):
+    """As [`PreNormLayer`], joined with the output of the layer that lies as far from the other end (U-ViT, arXiv 2209.12152)."""
+
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        qkv_bias: bool = True,
+    ):
+        super().__init__(config, hidden_size, num_attention_heads, intermediate_size, qkv_bias=qkv_bias)
+        self.skip_proj = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Hidden states and those of the other layer, both (batch, n, hidden_size)."""
+        return super().forward(self.skip_proj(torch.cat([hidden_states, skipped], dim=-1)))
