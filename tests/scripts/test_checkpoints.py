@@ -1,14 +1,20 @@
-"""The trained image tokenizer that small next-token models start from."""
+"""The trained models under checkpoints/ that decodings are measured on."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_argen import LlamaGenVQModel
+from hf_argen import Chain, Eagle, EagleDrafter, ExactMatch, LlamaGenVQModel, SpeculativeDecoding, generate
 from hf_argen.data.emoji import EmojiSet, psnr
 
-TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "emoji-vq"
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+TOKENIZER = CHECKPOINTS / "emoji-vq"
+LANGUAGE_MODEL = CHECKPOINTS / "python-lm"
+EAGLE = CHECKPOINTS / "python-lm-eagle"
 
 
 def test_it_is_half_precision_and_described():
@@ -27,3 +33,44 @@ def test_pictures_survive_it(load_script):
     assert tokenizer.encode(pictures[:1]).shape == (1, 256)
     found = script.reconstruct(tokenizer, pictures)
     assert psnr(found, pictures.add(1).mul(0.5), value_range=1.0).mean() >= 26
+
+
+def read_prompts(category: str, count: int) -> list[str]:
+    """Beginnings of held-out functions or documentation."""
+    lines = (LANGUAGE_MODEL / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line) for line in lines]
+    return [question["turns"][0] for question in questions if question["category"] == category][:count]
+
+
+def test_the_language_model_knows_python():
+    """Held-out source costs it far fewer nats than the even guess, and the card names what was held out."""
+    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    losses = []
+    for text in read_prompts("code", 8):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
+        losses.append(model(ids, labels=ids).loss.item())
+    assert sum(losses) / len(losses) < 3.2
+    card = (LANGUAGE_MODEL / "README.md").read_text(encoding="utf-8")
+    for part in ("train_small_lm.py", "Held out", "psf-2.0"):
+        assert part in card
+
+
+@pytest.mark.parametrize("category", ["code", "documentation"])
+def test_a_trained_drafter_is_accepted(category):
+    """The text is the plain one, and a step gives more than two tokens of it."""
+    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    eagle = Eagle.from_pretrained(EAGLE, dtype=torch.float32).eval()
+    decoding = SpeculativeDecoding(EagleDrafter(eagle), Chain(6), ExactMatch())
+    gained = steps = 0
+    for text in read_prompts(category, 6):
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        plain = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        output = generate(
+            model, decoding, **inputs, max_new_tokens=48, do_sample=False, return_dict_in_generate=True
+        )
+        assert torch.equal(output.sequences, plain)
+        gained += int(output.accept_lengths.sum())
+        steps += int((output.accept_lengths > 0).sum())
+    assert gained / steps > 2

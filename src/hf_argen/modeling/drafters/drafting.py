@@ -206,10 +206,9 @@ class EaglePredictor(NextTokenPredictor):
         if hidden is not None:
             positions = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
         mask = causal_mask(length, hidden, self.model.dtype, tokens.device)
-        if self.is_static:  # attention runs over the whole memory
-            empty = self._cache.capacity - length
-            mask = nn.functional.pad(mask, (0, empty), value=torch.finfo(mask.dtype).min)
         self.features = self._next_features(features, tokens, positions, mask)
+        if self.is_static:
+            self._cache.show_whole()
         self.calls += 1
         return self._logits(self.features[:, -1])
 
