@@ -129,22 +129,6 @@ class ContinuousFamilyTests(FamilyTests):
         assert torch.equal(torch.get_rng_state(), state)
         assert not self.same(latents[0], latents[1])
 
-    def test_one_generator_per_picture(self, model):
-        def generators(*seeds):
-            return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        together = model.generate(**self.conditions(3), **self.sampling, generator=generators(5, 6, 7))
-        for row, seed in enumerate((5, 6, 7)):
-            condition = {name: value[row : row + 1] for name, value in self.conditions(3).items()}
-            alone = model.generate(**condition, **self.sampling, generator=generators(seed))
-            assert self.same(alone[0], together[row])
-
-    def test_several_pictures_of_each_condition(self, model):
-        options = {"do_sample": False, "return_dict_in_generate": True}
-        single = model.generate(**self.conditions(2), **options).sequences
-        several = model.generate(**self.conditions(2), **options, num_return_sequences=3).sequences
-        assert self.same(several, single.repeat_interleave(3, dim=0))
-
     def test_output(self, model):
         output = model.generate(**self.conditions(2), **self.sampling, return_dict_in_generate=True)
         assert output.sequences.shape == (2, self.num_tokens, self.latent_channels)

@@ -131,13 +131,13 @@ class FamilyTests(PlacementTests, DistributedTests, ModelTests):
         for row, seed in enumerate((5, 6, 7)):
             condition = {name: value[row : row + 1] for name, value in self.conditions(3).items()}
             alone = model.generate(**condition, **self.sampling, generator=generators(seed))
-            assert torch.equal(alone[0], together[row])
+            assert self.same(alone[0], together[row])
 
     def test_several_pictures_of_each_condition(self, model):
         options = {"do_sample": False, "return_dict_in_generate": True}
         single = model.generate(**self.conditions(2), **options).sequences
         several = model.generate(**self.conditions(2), **options, num_return_sequences=3).sequences
-        assert torch.equal(several, single.repeat_interleave(3, dim=0))
+        assert self.same(several, single.repeat_interleave(3, dim=0))
 
     def test_output(self, model):
         output = model.generate(

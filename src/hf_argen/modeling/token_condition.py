@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from .layers.precision import suited
-from .layers.text_pooling import check_prompts
 from .vector_condition import VectorConditionModules
 
 
@@ -52,16 +51,7 @@ class TokenConditionModules(VectorConditionModules):
         Returns:
             tokens (batch, n, hidden_size) and where they are none of padding, (batch, n) bool.
         """
-        check_prompts(
-            prompt_embeds,
-            prompt_ids,
-            prompt_attention_mask,
-            self.config.text_embed_dim,
-            self.config.text_encoder_config,
-        )
-        if prompt_embeds is None:
-            encoded = self.text_encoder(input_ids=prompt_ids, attention_mask=prompt_attention_mask)
-            prompt_embeds = encoded.last_hidden_state
+        prompt_embeds = self.encoded_text(prompt_embeds, prompt_ids, prompt_attention_mask)
         if prompt_embeds.ndim == 2:
             prompt_embeds, prompt_attention_mask = prompt_embeds.unsqueeze(1), None
         seen = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)

@@ -44,6 +44,25 @@ class VectorConditionModules:
         """Class labels (batch,), -1 for the null class, to conditions (batch, hidden_size)."""
         return self.class_embedding(torch.where(class_labels < 0, self.config.num_classes, class_labels))
 
+    def encoded_text(
+        self,
+        prompt_embeds: torch.Tensor | None,
+        prompt_ids: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Text embeddings as given, or those of the tokens, (batch, tokens, text_embed_dim), by the text encoder."""
+        check_prompts(
+            prompt_embeds,
+            prompt_ids,
+            prompt_attention_mask,
+            self.config.text_embed_dim,
+            self.config.text_encoder_config,
+        )
+        if prompt_embeds is None:
+            encoded = self.text_encoder(input_ids=prompt_ids, attention_mask=prompt_attention_mask)
+            return encoded.last_hidden_state
+        return prompt_embeds
+
     def pool_text(
         self,
         prompt_embeds: torch.Tensor | None = None,
@@ -54,16 +73,7 @@ class VectorConditionModules:
         Pooled text embeddings (batch, text_embed_dim): as given, or the mean over the tokens that the mask keeps of
         given or encoded token embeddings (batch, tokens, text_embed_dim).
         """
-        check_prompts(
-            prompt_embeds,
-            prompt_ids,
-            prompt_attention_mask,
-            self.config.text_embed_dim,
-            self.config.text_encoder_config,
-        )
-        if prompt_embeds is None:
-            encoded = self.text_encoder(input_ids=prompt_ids, attention_mask=prompt_attention_mask)
-            prompt_embeds = encoded.last_hidden_state
+        prompt_embeds = self.encoded_text(prompt_embeds, prompt_ids, prompt_attention_mask)
         return prompt_embeds if prompt_embeds.ndim == 2 else pool_tokens(prompt_embeds, prompt_attention_mask)
 
     def text_condition(self, pooled: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:

@@ -189,13 +189,17 @@ class NextTokenPredictor(Predictor):
             guided logits of the first token (batch, vocab_size) float32.
         """
         logits = self.read_prompt(inputs)
+        self._prompt_is_read()
+        first = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+        return self._guided(logits, first)[:, 0]
+
+    def _prompt_is_read(self) -> None:
+        """What every way of reading a prompt ends with: from now on static memory is seen whole."""
         if self.is_static:
             self._cache.show_whole()
         if self.steps is not None:
             self._cache.fix_addresses()
         self.calls += 1
-        first = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
-        return self._guided(logits, first)[:, 0]
 
     def start(self, rows: int, prompt_length: int, hidden: torch.Tensor | None, device: torch.device) -> None:
         """An empty cache for a prompt of which `hidden` (rows, prompt_length) bool is padding."""

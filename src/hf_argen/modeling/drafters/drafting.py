@@ -207,9 +207,7 @@ class EaglePredictor(NextTokenPredictor):
             positions = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
         mask = causal_mask(length, hidden, self.model.dtype, tokens.device)
         self.features = self._next_features(features, tokens, positions, mask)
-        if self.is_static:
-            self._cache.show_whole()
-        self.calls += 1
+        self._prompt_is_read()
         return self._logits(self.features[:, -1])
 
     def add(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..checkpoints import ConversionError
 from ..conversion import ConversionPlan, Converter, OriginalArguments, shape_of
-from ..key_map import KeyMap, Rename, Rule, Split, StateDict, Unbatched, count
+from ..key_map import KeyMap, Rename, StateDict, Unbatched, count
+from ..key_rules import timm_block
 from ..tokenizers.kl_vae.configuration_kl_vae import KlVaeConfig
 from ..tokenizers.kl_vae.convert_kl_vae import NESTINGS, TOKENIZER, tokenizer_config
 from ..tokenizers.kl_vae.convert_kl_vae import plan as plan_tokenizer
@@ -17,21 +18,6 @@ RELEASED_HEADS = {768: 12, 1024: 16, 1280: 16}  # attention heads by width, whic
 NET, OUR_NET = "diffloss.net", "head.net"
 
 
-def _layers(theirs: str, ours: str) -> list[Rule]:
-    theirs, ours = f"{theirs}.{{i}}", f"model.{ours}.{{i}}"
-    return [
-        Rename(f"{theirs}.norm1.{{leaf}}", f"{ours}.input_layernorm.{{leaf}}"),
-        *(
-            Split(f"{theirs}.attn.qkv.{leaf}", *(f"{ours}.self_attn.{part}_proj.{leaf}" for part in "qkv"))
-            for leaf in ("weight", "bias")
-        ),
-        Rename(f"{theirs}.attn.proj.{{leaf}}", f"{ours}.self_attn.o_proj.{{leaf}}"),
-        Rename(f"{theirs}.norm2.{{leaf}}", f"{ours}.post_attention_layernorm.{{leaf}}"),
-        Rename(f"{theirs}.mlp.fc1.{{leaf}}", f"{ours}.mlp.fc1.{{leaf}}"),
-        Rename(f"{theirs}.mlp.fc2.{{leaf}}", f"{ours}.mlp.fc2.{{leaf}}"),
-    ]
-
-
 TRANSFORMER = KeyMap(
     [
         Rename("class_emb.weight", "model.class_embedding.weight"),
@@ -39,12 +25,12 @@ TRANSFORMER = KeyMap(
         Rename("z_proj.{leaf}", "model.embed_tokens.{leaf}"),
         Rename("z_proj_ln.{leaf}", "model.embed_norm.{leaf}"),
         Unbatched("encoder_pos_embed_learned", "model.encoder_position_embedding.weight"),
-        *_layers("encoder_blocks", "encoder_layers"),
+        *timm_block("encoder_blocks.{i}", "model.encoder_layers.{i}"),
         Rename("encoder_norm.{leaf}", "model.encoder_norm.{leaf}"),
         Rename("decoder_embed.{leaf}", "model.decoder_proj.{leaf}"),
         Unbatched("mask_token", "model.mask_embedding.weight"),
         Unbatched("decoder_pos_embed_learned", "model.decoder_position_embedding.weight"),
-        *_layers("decoder_blocks", "decoder_layers"),
+        *timm_block("decoder_blocks.{i}", "model.decoder_layers.{i}"),
         Rename("decoder_norm.{leaf}", "model.decoder_norm.{leaf}"),
         Unbatched("diffusion_pos_embed_learned", "model.output_position_embedding.weight"),
         Rename(f"{NET}.time_embed.mlp.0.{{leaf}}", f"{OUR_NET}.time_embeddings.0.fc1.{{leaf}}"),

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..checkpoints import ConversionError
 from ..conversion import ConversionPlan, Converter, OriginalArguments, check_codes, shape_of
-from ..key_map import Drop, KeyMap, Rename, Rows, Rule, Split, StateDict, Unbatched, count
+from ..key_map import Drop, KeyMap, Rename, Rows, Rule, StateDict, Unbatched, count
+from ..key_rules import timm_block
 from ..tokenizers.titok.configuration_titok import TitokConfig
 from ..tokenizers.titok.convert_titok import ANY_TOKENIZER, LATER, LEGACY, tokenizer_config
 from ..tokenizers.titok.convert_titok import plan as plan_tokenizer
@@ -58,14 +59,7 @@ def _uvit_rules(table: Rule) -> list[Rule]:
         ("mid_block", "model.mid_layer"),
         ("out_blocks.{i}", "model.out_layers.{i}"),
     ):
-        rules += [
-            Split(f"{theirs}.attn.qkv.weight", *(f"{ours}.self_attn.{x}_proj.weight" for x in "qkv")),
-            Rename(f"{theirs}.attn.proj.{{leaf}}", f"{ours}.self_attn.o_proj.{{leaf}}"),
-            Rename(f"{theirs}.norm1.{{leaf}}", f"{ours}.input_layernorm.{{leaf}}"),
-            Rename(f"{theirs}.norm2.{{leaf}}", f"{ours}.post_attention_layernorm.{{leaf}}"),
-            Rename(f"{theirs}.mlp.{{leaf}}.weight", f"{ours}.mlp.{{leaf}}.weight"),
-            Rename(f"{theirs}.mlp.{{leaf}}.bias", f"{ours}.mlp.{{leaf}}.bias"),
-        ]
+        rules += timm_block(theirs, ours, qkv="weight")
     return rules
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..checkpoints import ConversionError
 from ..conversion import ConversionPlan, Converter, OriginalArguments, check_codes, shape_of
-from ..key_map import KeyMap, Rename, Reshape, Rows, Split, StateDict, count
+from ..key_map import KeyMap, Rename, Reshape, Rows, StateDict, count
+from ..key_rules import timm_block
 from ..tokenizers.maskgit_vq.convert_maskgit_vq import TOKENIZER, tokenizer_config
 from ..tokenizers.maskgit_vq.convert_maskgit_vq import plan as plan_tokenizer
 from .configuration_rar import RarConfig
@@ -49,19 +50,9 @@ def key_map(codes: int, classes: int, tokens: int) -> KeyMap:
             Rows(
                 "timesteps_embeddings", spare, {"model.step_embedding.weight": (0, length)}, is_batched=True
             ),
-            *(
-                Split(
-                    f"{_THEIRS}.attn.qkv.{leaf}", *(f"{_OURS}.self_attn.{part}_proj.{leaf}" for part in "qkv")
-                )
-                for leaf in ("weight", "bias")
-            ),
+            *timm_block(_THEIRS, _OURS),
             Rename(f"{_THEIRS}.attn.q_norm.{{leaf}}", f"{_OURS}.self_attn.q_norm.{{leaf}}"),
             Rename(f"{_THEIRS}.attn.k_norm.{{leaf}}", f"{_OURS}.self_attn.k_norm.{{leaf}}"),
-            Rename(f"{_THEIRS}.attn.proj.{{leaf}}", f"{_OURS}.self_attn.o_proj.{{leaf}}"),
-            Rename(f"{_THEIRS}.mlp.fc1.{{leaf}}", f"{_OURS}.mlp.fc1.{{leaf}}"),
-            Rename(f"{_THEIRS}.mlp.fc2.{{leaf}}", f"{_OURS}.mlp.fc2.{{leaf}}"),
-            Rename(f"{_THEIRS}.norm1.{{leaf}}", f"{_OURS}.input_layernorm.{{leaf}}"),
-            Rename(f"{_THEIRS}.norm2.{{leaf}}", f"{_OURS}.post_attention_layernorm.{{leaf}}"),
             Rename(f"{_THEIRS}.adaLN_modulation.1.{{leaf}}", f"{_OURS}.modulation.linear.{{leaf}}"),
             Rename("adaln_before_head.adaLN_modulation.1.{leaf}", "model.norm.linear.{leaf}"),
             Rename("lm_head.{leaf}", "head.out_proj.{leaf}"),
