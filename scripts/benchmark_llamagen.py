@@ -107,9 +107,7 @@ def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> Side:
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Writes the random model: ours, and with --reference the same weights in the authors' format."""
-    if (folder / "config.json").exists() and (
-        options.reference is None or (folder / "transformer.pth").exists()
-    ):
+    if benchmarking.is_prepared(options, folder):
         return
     if options.reference is None:
         from hf_argen import LlamaGenConfig, LlamaGenForImageGeneration, LlamaGenVQConfig
@@ -129,9 +127,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         return
     from hf_argen import convert_original
 
-    files = {name: folder / f"{name}.pth" for name in ("tokenizer", "transformer")}
-    for model, path in zip(load_theirs(options.reference, options, None), files.values(), strict=True):
-        torch.save({"model": model.state_dict()}, path)
+    files = benchmarking.save_theirs(load_theirs(options.reference, options, None), folder, "model")
     convert_original("llamagen", files).save_pretrained(folder)
 
 

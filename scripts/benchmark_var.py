@@ -92,9 +92,7 @@ def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype, mode: st
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
     """Writes the random model: ours, and with --reference the same weights in the authors' format."""
-    if (folder / "config.json").exists() and (
-        options.reference is None or (folder / "transformer.pth").exists()
-    ):
+    if benchmarking.is_prepared(options, folder):
         return
     torch.manual_seed(0)
     if options.reference is None:
@@ -112,9 +110,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         return
     from hf_argen import convert_original
 
-    files = {name: folder / f"{name}.pth" for name in ("tokenizer", "transformer")}
-    for model, path in zip(load_theirs(options.reference, options, None), files.values(), strict=True):
-        torch.save(model.state_dict(), path)
+    files = benchmarking.save_theirs(load_theirs(options.reference, options, None), folder)
     convert_original("var", files).save_pretrained(folder)
 
 

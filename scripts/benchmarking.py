@@ -309,6 +309,21 @@ def run(
             prepare(options, folder)
 
 
+def is_prepared(options: argparse.Namespace, folder: Path) -> bool:
+    """Whether the random model is there: ours, and with --reference the same weights in the authors' format."""
+    has_theirs = options.reference is None or (folder / "transformer.pth").exists()
+    return (folder / "config.json").exists() and has_theirs
+
+
+def save_theirs(models: Sequence[torch.nn.Module], folder: Path, key: str | None = None) -> dict[str, Path]:
+    """Writes the authors' tokenizer and transformer, their weights under `key` where one is named; role -> file."""
+    files = {name: folder / f"{name}.pth" for name in ("tokenizer", "transformer")}
+    for model, path in zip(models, files.values(), strict=True):
+        weights = model.state_dict()
+        torch.save(weights if key is None else {key: weights}, path)
+    return files
+
+
 def report_machine(options: argparse.Namespace) -> None:
     """Prints what the numbers below were measured on and with."""
     if options.device == "cuda":

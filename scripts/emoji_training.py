@@ -7,13 +7,13 @@ import argparse
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evaluate_emoji import reconstruct
+from evaluate_emoji import Yardstick, evaluate, reconstruct
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import Dataset
@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_argen import VarProcessor
 from hf_argen.data.emoji import EmojiCaptions, EmojiSet, to_uint8
+from hf_argen.processors.base import ImageGenerationProcessor
 from hf_argen.training import EpochCallback, MuonWithAdamW, training_arguments
 
 SIZE = 64
@@ -361,6 +362,39 @@ def parser(description: str, output: Path) -> argparse.ArgumentParser:
     options.add_argument("--tokenizer-epochs", type=int, help="length of the first stage")
     options.add_argument("--epochs", type=int, help="length of the second stage")
     return options
+
+
+def begin(options: argparse.Namespace, sheets: str = "sheets") -> EmojiSet:
+    """The emoji of a run, and in its folder one for sheets, which `options.sheets` then names."""
+    options.sheets = options.output / sheets
+    options.sheets.mkdir(parents=True, exist_ok=True)
+    return EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
+
+
+def lasting(stage: Stage, epochs: int | None) -> Stage:
+    """A stage with the length that an option gives, if it does."""
+    return replace(stage, epochs=epochs or stage.epochs)
+
+
+def finish_run(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: ImageGenerationProcessor,
+    emoji: EmojiSet,
+    card: Callable[[Yardstick, int], str],
+) -> None:
+    """
+    Measures a trained generator in bfloat16, prints the numbers, and saves it.
+
+    Args:
+        card: yardstick and number of parameters -> README.md of the folder.
+    """
+    model.to(torch.bfloat16)
+    yardstick = evaluate(model, processor, emoji)
+    print(yardstick.table())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    save(folder, model, processor, card=card(yardstick, parameters))
+    print(f"Written: {folder}")
 
 
 def save(folder: Path, *parts: Any, card: str | None = None) -> None:

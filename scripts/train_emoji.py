@@ -12,12 +12,21 @@ The result is the folder OUTPUT/model, which `from_pretrained` and `pipeline("te
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from emoji_training import DATA, SIZE, Stage, parser, prompt_processor, save, train_generator, train_tokenizer
-from evaluate_emoji import Yardstick, evaluate
+from emoji_training import (
+    DATA,
+    Stage,
+    begin,
+    finish_run,
+    lasting,
+    parser,
+    prompt_processor,
+    train_generator,
+    train_tokenizer,
+)
+from evaluate_emoji import Yardstick
 from transformers import BertConfig
 
 from hf_argen import MultiScaleVQConfig, MultiScaleVQModel, VarConfig, VarForImageGeneration, VarProcessor
@@ -130,21 +139,14 @@ def train(
 
 def main() -> None:
     options = parser(__doc__, Path("runs/emoji-var")).parse_args()
-    options.sheets = options.output / "sheets"
-    options.sheets.mkdir(parents=True, exist_ok=True)
-    emoji = EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
+    emoji = begin(options)
     model, processor = train(
         emoji,
-        replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
-        replace(VAR_STAGE, epochs=options.epochs or VAR_STAGE.epochs),
+        lasting(TOKENIZER_STAGE, options.tokenizer_epochs),
+        lasting(VAR_STAGE, options.epochs),
         options,
     )
-    model = model.to(torch.bfloat16)
-    yardstick = evaluate(model, processor, emoji)
-    print(yardstick.table())
-    card = model_card(yardstick, sum(parameter.numel() for parameter in model.parameters()))
-    save(options.output / "model", model, processor, card=card)
-    print(f"Written: {options.output / 'model'}")
+    finish_run(options.output / "model", model, processor, emoji, model_card)
 
 
 if __name__ == "__main__":

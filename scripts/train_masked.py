@@ -15,7 +15,7 @@ The results are the folders OUTPUT/emoji-mar-HEAD, each with `sheet.png`.
 """
 
 import argparse
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ import torch
 from emoji_training import (
     DATA,
     PROMPTS,
-    SIZE,
     AutoencoderTrainer,
     Stage,
+    begin,
+    finish_run,
+    lasting,
     parser,
     prompt_processor,
-    save,
     sheet,
     train_generator,
     train_tokenizer,
 )
-from evaluate_emoji import Yardstick, draw, evaluate
+from evaluate_emoji import Yardstick, draw
 from transformers import PreTrainedModel, T5Config
 
 from hf_argen import (
@@ -88,7 +89,7 @@ DECODING = {"type": "masked", "num_steps": 16}
 
 TOKENIZER_STAGE = Stage(epochs=40, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGE = Stage(epochs=120, learning_rate=1e-3, warmup_steps=200, weight_decay=0.02, batch_size=32)
-LATER_STAGE = replace(STAGE, epochs=40)  # of heads that start from a trained transformer
+LATER_STAGE = lasting(STAGE, 40)  # of heads that start from a trained transformer
 
 
 def build_tokenizer() -> KlVaeModel:
@@ -179,25 +180,18 @@ def main() -> None:
     options = parser(__doc__, Path("runs/emoji-masked"))
     options.add_argument("head", choices=list(HEADS))
     options = options.parse_args()
-    options.sheets = options.output / f"sheets-{options.head}"
-    options.sheets.mkdir(parents=True, exist_ok=True)
-    emoji = EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
+    emoji = begin(options, f"sheets-{options.head}")
     stage = STAGE if trained_transformer(options.output, options.head) is None else LATER_STAGE
     model, processor = train(
         options.head,
         emoji,
-        replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
-        replace(stage, epochs=options.epochs or stage.epochs),
+        lasting(TOKENIZER_STAGE, options.tokenizer_epochs),
+        lasting(stage, options.epochs),
         options,
     )
-    model = model.to(torch.bfloat16)
-    yardstick = evaluate(model, processor, emoji)
-    print(yardstick.table())
-    card = model_card(options.head, yardstick, sum(parameter.numel() for parameter in model.parameters()))
     folder = options.output / f"emoji-mar-{options.head}"
-    save(folder, model, processor, card=card)
+    finish_run(folder, model, processor, emoji, partial(model_card, options.head))
     sheet(to_uint8(draw(model, processor, list(PROMPTS)))).save(folder / "sheet.png")
-    print(f"Written: {folder}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ The last is a small model that drafts for both. The results are the folders OUTP
 """
 
 import argparse
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ import torch
 from emoji_training import (
     DATA,
     MAX_PROMPT_TOKENS,
-    SIZE,
     Corruption,
     Stage,
+    begin,
+    finish_run,
+    lasting,
     parser,
     prompt_processor,
-    save,
     train_generator,
     train_tokenizer,
 )
-from evaluate_emoji import Yardstick, evaluate
+from evaluate_emoji import Yardstick
 from transformers import PreTrainedModel, T5Config
 
 from hf_argen import (
@@ -220,24 +221,16 @@ def main() -> None:
     options = parser(__doc__, Path("runs/emoji-next-token"))
     options.add_argument("family", choices=sorted(BUILDERS))
     options = options.parse_args()
-    options.sheets = options.output / f"sheets-{options.family}"
-    options.sheets.mkdir(parents=True, exist_ok=True)
-    emoji = EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
-    stage = STAGES[options.family]
+    emoji = begin(options, f"sheets-{options.family}")
     model, processor = train(
         options.family,
         emoji,
-        replace(TOKENIZER_STAGE, epochs=options.tokenizer_epochs or TOKENIZER_STAGE.epochs),
-        replace(stage, epochs=options.epochs or stage.epochs),
+        lasting(TOKENIZER_STAGE, options.tokenizer_epochs),
+        lasting(STAGES[options.family], options.epochs),
         options,
     )
-    model = model.to(torch.bfloat16)
-    yardstick = evaluate(model, processor, emoji)
-    print(yardstick.table())
-    card = model_card(options.family, yardstick, sum(parameter.numel() for parameter in model.parameters()))
     folder = options.output / f"emoji-{options.family}"
-    save(folder, model, processor, card=card)
-    print(f"Written: {folder}")
+    finish_run(folder, model, processor, emoji, partial(model_card, options.family))
 
 
 if __name__ == "__main__":

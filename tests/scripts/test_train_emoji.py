@@ -79,7 +79,9 @@ def test_a_killed_run_ends_as_an_unbroken_one(script, emoji, killing, tmp_path, 
     assert different == []
 
     folder = tmp_path / "model"
-    script.save(folder, resumed.to(torch.bfloat16), processor, card="---\nlicense: apache-2.0\n---\n")
+    sys.modules["emoji_training"].save(
+        folder, resumed.to(torch.bfloat16), processor, card="---\nlicense: apache-2.0\n---\n"
+    )
     assert sorted(tmp_path.glob("*.partial")) == []
     assert AutoProcessor.from_pretrained(folder).image_size == (64, 64)
     again = AutoModelForImageGeneration.from_pretrained(folder)
