@@ -56,6 +56,12 @@ def fusible(processors: Sequence[Any]) -> dict[str, Any]:
     return options
 
 
+def warps_alone(processors: Sequence[Any]) -> dict[str, Any] | None:
+    """The options of [`fusible`] if these are all that the processors do; otherwise `None`."""
+    options = fusible(processors)
+    return options if len(options) == len(processors) else None
+
+
 def _is_plain(processor: Any) -> bool:
     """Whether it removes by -inf, has no least number of tokens that it does not remove, and keeps more than the best one."""
     if getattr(processor, "top_p", 1.0) == 0:
