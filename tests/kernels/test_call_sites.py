@@ -1,7 +1,6 @@
 """Models, decodings and tokenizers with kernels in place of the references give what they give without."""
 
 from collections import Counter
-from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -23,9 +22,8 @@ from hf_argen import (
 from hf_argen.generation import sampling
 from hf_argen.generation.decoding import DecodingResult
 from hf_argen.generation.decoding.speculative.acceptance import Walk
-from hf_argen.generation.predictors import next_token
 from hf_argen.generation.warping import fusible, warped
-from hf_argen.kernels import mode, tree_attention, use
+from hf_argen.kernels import tree_attention, use
 from hf_argen.modeling.layers import attention
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
@@ -261,14 +259,6 @@ TREES = {
 }
 
 
-def trees_alone() -> ExitStack:
-    """Within the `with` block this operation runs as a kernel, and no other."""
-    stack = ExitStack()
-    for module in (next_token, tree_attention):
-        stack.enter_context(mock.patch.object(module, "runs_kernel", return_value=True))
-    return stack
-
-
 @pytest.mark.parametrize("kind", TREES)
 @pytest.mark.parametrize("family", NEXT_TOKEN_FAMILIES)
 @torch.no_grad()
@@ -283,7 +273,8 @@ def test_attention_to_trees(family, kind):
     if kind == "static":
         options["cache_implementation"] = "static"
     expected = model.generate([1, 2], **options)
-    with trees_alone(), Recorder() as recorder:
+    # This operation runs as a kernel, and no other.
+    with mock.patch.object(tree_attention, "runs_kernel", return_value=True), Recorder() as recorder:
         assert torch.equal(model.generate([1, 2], **options), expected)
     assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"tree_attention"}
     model.set_attn_implementation("tree_attention")
@@ -338,13 +329,3 @@ def test_draws_follow_the_generators():
         assert torch.equal(draw(), expected)
         followed = Enumerator().distribution(lambda: int(sampling.draw(torch.zeros(1, 1, 2))))
     assert followed == {0: 0.5, 1: 0.5}
-
-
-def test_modes():
-    before = mode()
-    with use("reference"):
-        assert mode() == "reference"
-    assert mode() == before
-    message = "HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
-    with pytest.raises(ValueError, match=message), use("cuda"):
-        raise AssertionError("not reached")

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..kernels.dispatch import runs_kernel
-from ..kernels.sample_logits import sample_logits
+from ..kernels.sample_logits import runs_here, sample_logits
 from .guidance import PairedLogits
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -117,9 +116,14 @@ def randomness(source: Randomness) -> Iterator[Randomness]:
         _source.reset(token)
 
 
+def is_torch() -> bool:
+    """Whether torch's generators make the choices, so that noise may be drawn for a kernel; not where a test chooses."""
+    return _source.get() is _TORCH
+
+
 def runs_fused(scores: torch.Tensor) -> bool:
-    """Whether a kernel draws in place of the primitives, from noise that it is given; not where a test chooses."""
-    return _source.get() is _TORCH and runs_kernel(scores)
+    """Whether a kernel draws from scores (..., choices) in place of the primitives, from noise that it is given."""
+    return is_torch() and runs_here(scores)
 
 
 def exponential(like: torch.Tensor, generator: Generators = None) -> torch.Tensor:

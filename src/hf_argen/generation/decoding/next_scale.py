@@ -158,7 +158,7 @@ class NextScale(Decoding):
         is_plain = config.do_sample and not self.smooth and self.temperature is None
         is_plain = is_plain and own.sample is NextScale.sample and own.process is NextScale.process
         wants_logits = request.stopping_criteria or (request.wants_details and config.output_logits)
-        if not is_plain or wants_logits or not runs_fused(paired.logits):
+        if not is_plain or wants_logits or not runs_fused(paired.halves()[0]):
             return None
         return warps_alone(self.processors(request, step))
 

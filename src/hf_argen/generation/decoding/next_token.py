@@ -55,7 +55,7 @@ class NextToken(TokenLoop):
         The warpers of the request, where a kernel guides, warps and draws in one pass; `None` where it does not: on other
         devices, for greedy requests, with processors that are no plain warpers, and where logits or scores are kept.
         """
-        if not request.generation_config.do_sample or transcript.keeps or not runs_fused(paired.logits):
+        if not request.generation_config.do_sample or transcript.keeps or not runs_fused(paired.halves()[0]):
             return None
         return warps_alone(request.logits_processor)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.dispatch import runs_kernel
+from ...kernels import tree_attention
 from ..cache import PreallocatedCache
 from ..guidance import Combiner, Guidance, PairedLogits, SoftCFG
 from .base import Predictor
@@ -120,7 +120,7 @@ class NextTokenPredictor(Predictor):
         """Feeds tokens (rows, n) at their positions; logits (rows, n, vocab_size)."""
         needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
         self._cache.tree = None
-        if needs_mask and self.goes_by_tree():
+        if needs_mask and self.goes_by_tree(tokens.shape[1]):
             needs_mask = False
             self._cache.tree = self.view(tokens.shape[1]).packed(len(tokens))
         return self.model.next_logits(
@@ -132,13 +132,13 @@ class NextTokenPredictor(Predictor):
             **self._context,
         )
 
-    def goes_by_tree(self) -> bool:
-        """Whether attention takes a [`TreeView`] in place of a mask: where it is a kernel, or the model asks for it."""
+    def goes_by_tree(self, n: int) -> bool:
+        """Whether attention of n nodes takes a [`TreeView`] in place of a mask: where it is a kernel, or the model asks for it."""
         if not getattr(self.model, "reads_trees", False):
             return False
         implementation = self.model.config._attn_implementation
         if implementation in ("eager", "sdpa"):
-            return runs_kernel(self._cache.layers[0].keys)
+            return tree_attention.runs_here(self._cache.layers[0].keys, n, self._columns())
         return implementation == "tree_attention"
 
     # What is the same
@@ -333,12 +333,16 @@ class NextTokenPredictor(Predictor):
             return additive(view.visible(patterns, rows), dtype)
         return {kind: additive(view.visible(pattern, rows), dtype) for kind, pattern in patterns.items()}
 
+    def _columns(self) -> int:
+        """Places of the cache that attention looks at."""
+        filled = self._prompt_length + max(self._lengths) + self._nodes.size
+        return self._cache.capacity if self.is_static else filled
+
     def view(self, n: int) -> View:
         """What the last `n` nodes see."""
-        columns = self._prompt_length + max(self._lengths) + self._nodes.size
         return View(
             starts=self.length + self._prompt_length,
-            columns=self._cache.capacity if self.is_static else columns,
+            columns=self._columns(),
             ancestors=self._nodes.ancestors(n, self.length.device),
             hidden=self._hidden,
         )
