@@ -30,7 +30,7 @@ CODE = ("plain", "compiled")
 BOUNDS: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def chip_of(device: int) -> str:
     """The architecture of a GPU, as compilers name it: sm_90, gfx942."""
     if torch.version.hip:
