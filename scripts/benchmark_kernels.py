@@ -8,17 +8,27 @@ bandwidth.
 
     python scripts/benchmark_kernels.py                    # floors on an A100, an H100 and an MI300X
     python scripts/benchmark_kernels.py --resources        # registers, shared memory, instructions; compiles, needs no GPU
+    python scripts/benchmark_kernels.py --write-dispatch   # also writes where a kernel loses, so that "auto" leaves it out
+
+What the last one writes are the bounds of this GPU's architecture in the package (see `hf_argen.kernels.bounds`): around
+every shape at which the reference is faster, sizes from a half to twice its own. Plain code is measured against the plain
+reference, compiled code against the compiled one. Bounds of other chips stay as they are.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 BFLOAT16 = 2
 FLOAT32 = 4
+REACH = 2  # a measured shape speaks for sizes from its half to its double
+EQUAL = 1.05  # times this far apart count as equal
+REFERENCES = {"plain": "reference", "compiled": "compiled reference"}  # by the kind of code
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Shape:
     One use of an operation.
 
     Attributes:
+        sizes: what the choice between kernel and reference goes by, see `hf_argen.kernels.bounds.SIZES`.
         moved: bytes that are read and written at least once.
         matrix, scalar: operations of matrix products and of others, at least.
         make: on a GPU: what makes the inputs and gives the ways of computing, by name; "kernel" and "reference" among them.
@@ -57,6 +68,7 @@ class Shape:
 
     operation: str
     label: str
+    sizes: dict[str, int]
     moved: int
     matrix: int
     scalar: int
@@ -116,7 +128,9 @@ def adaln_shape(label: str, batch: int, tokens: int, hidden: int, per_token: boo
         states, update = random(2, batch, tokens, hidden)
         return in_both(adaln, states, scale, shift, update=update, gate=gate)
 
-    return Shape("adaln", label, (4 * rows * hidden + modulations) * BFLOAT16, 0, 12 * rows * hidden, make)
+    sizes = {"rows": rows, "hidden": hidden}
+    moved = (4 * rows * hidden + modulations) * BFLOAT16
+    return Shape("adaln", label, sizes, moved, 0, 12 * rows * hidden, make)
 
 
 def qk_shape(
@@ -139,7 +153,8 @@ def qk_shape(
         return in_both(qk_norm_rope, query, key, value, norm=norm, rotation=rotation, slot=slot)
 
     tables = n * head_dim * FLOAT32 if turned else 0
-    return Shape("qk_norm_rope", label, 6 * values * BFLOAT16 + tables, 0, 2 * values * 9, make)
+    sizes = {"rows": batch * heads * n, "head_dim": head_dim}
+    return Shape("qk_norm_rope", label, sizes, 6 * values * BFLOAT16 + tables, 0, 2 * values * 9, make)
 
 
 def sample_shape(label: str, rows: int, vocab: int, guided: bool) -> Shape:
@@ -167,7 +182,8 @@ def sample_shape(label: str, rows: int, vocab: int, guided: bool) -> Shape:
         )
         return ways
 
-    return Shape("sample_logits", label, inputs * rows * vocab * FLOAT32, 0, 40 * rows * vocab, make)
+    sizes = {"rows": rows, "vocab": vocab}
+    return Shape("sample_logits", label, sizes, inputs * rows * vocab * FLOAT32, 0, 40 * rows * vocab, make)
 
 
 def attention_shape(
@@ -201,7 +217,9 @@ def attention_shape(
         return {**ways, "FlexAttention": flex(query, keys, values, mask)}
 
     flops = 4 * batch * heads * n * (past + n) * head_dim
-    return Shape("tree_attention", label, moved * BFLOAT16, flops, 5 * batch * heads * n * (past + n), make)
+    sizes = {"key_heads": batch * key_heads, "nodes": n, "columns": past + n, "head_dim": head_dim}
+    scalar = 5 * batch * heads * n * (past + n)
+    return Shape("tree_attention", label, sizes, moved * BFLOAT16, flops, scalar, make)
 
 
 def flex(query: Any, keys: Any, values: Any, mask: Any) -> Callable[[], Any]:
@@ -230,8 +248,10 @@ def quantize_shape(label: str, count: int, size: int, channels: int) -> Shape:
         return in_both(nearest_codes, vectors, codes)
 
     moved = (count + size) * channels * FLOAT32 + count * 8
+    sizes = {"rows": count, "codes": size, "channels": channels}
     # In float32 without matrix units, since ids have to be those of the reference.
-    return Shape("vector_quantize", label, moved, 0, 2 * count * size * channels + 2 * count * size, make)
+    scalar = 2 * count * size * channels + 2 * count * size
+    return Shape("vector_quantize", label, sizes, moved, 0, scalar, make)
 
 
 def verify_shape(label: str, batch: int, n: int, vocab: int) -> Shape:
@@ -248,7 +268,8 @@ def verify_shape(label: str, batch: int, n: int, vocab: int) -> Shape:
         uniform = torch.rand(batch, n, device="cuda")
         return in_both(verify_draft, probs[0], tokens, probs[1, :, :n], uniform, noise)
 
-    return Shape("verify_draft", label, 5 * batch * vocab * FLOAT32, 0, 6 * batch * vocab, make)
+    sizes = {"rows": batch, "nodes": n, "vocab": vocab}
+    return Shape("verify_draft", label, sizes, 5 * batch * vocab * FLOAT32, 0, 6 * batch * vocab, make)
 
 
 SHAPES = [
@@ -286,7 +307,53 @@ def print_floors() -> None:
         row(shape.operation, shape.label, f"{shape.moved / 1e6:.2f}", f"{work:.2f}", *times, bounds)
 
 
-def print_times(rounds: int) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that a shape took, by way."""
+
+    shape: Shape
+    times: dict[str, float]
+
+    def loses(self, reference: str) -> bool:
+        """Whether the kernel is slower than a reference."""
+        return self.times["kernel"] > EQUAL * self.times[reference]
+
+
+def losing_bounds(measured: list[Measured], reference: str) -> dict[str, list[dict[str, list[int]]]]:
+    """
+    By operation, the bounds within which a reference is faster: around each shape at which it is, as far as `REACH`, and no
+    farther than the shape itself where that would take in one at which the kernel is faster.
+    """
+    from hf_argen.kernels.bounds import holds
+
+    found: dict[str, list[dict[str, list[int]]]] = {}
+    for one in measured:
+        if not one.loses(reference):
+            continue
+        operation, sizes = one.shape.operation, one.shape.sizes
+        others = [other for other in measured if other.shape.operation == operation]
+        winners = [other.shape.sizes for other in others if not other.loses(reference)]
+        around = {name: [-(-size // REACH), size * REACH] for name, size in sizes.items()}
+        alone = {name: [size, size] for name, size in sizes.items()}
+        box = next((box for box in (around, alone) if not any(holds(box, one) for one in winners)), None)
+        if box is None:
+            print(f"{operation}, {one.shape.label}: another form of these sizes takes the kernel, so all do.")
+        else:
+            found.setdefault(operation, []).append(box)
+    return found
+
+
+def write_bounds(measured: list[Measured], chip: str, facts: dict[str, str], path: Path) -> None:
+    """Writes the bounds of a chip into a table, in place of older ones; the file is whole at any time."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    bounds = {kind: losing_bounds(measured, reference) for kind, reference in REFERENCES.items()}
+    table[chip] = {"measured": facts, **bounds}
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def print_times(rounds: int) -> list[Measured]:
     """Medians of the ways to compute each shape, in turn, and which share of the copy bandwidth each reaches."""
     import torch
     from triton.testing import do_bench
@@ -296,6 +363,7 @@ def print_times(rounds: int) -> None:
     print(f"\n{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s\n")
     row("operation", "shape", "way", "µs", "of the kernel", "of the copy bandwidth")
     row(*["---"] * 6)
+    measured = []
     for shape in SHAPES:
         times = {
             name: do_bench(call, rep=rounds, return_mode="median") * 1e-3
@@ -305,6 +373,25 @@ def print_times(rounds: int) -> None:
             share = f"{100 * shape.moved / seconds / bandwidth:.0f} %"
             ratio = f"{seconds / times['kernel']:.2f}"
             row(shape.operation, shape.label, name, f"{1e6 * seconds:.1f}", ratio, share)
+        measured.append(Measured(shape, times))
+    return measured
+
+
+def write_dispatch(measured: list[Measured], path: Path) -> None:
+    """Writes what was measured on this machine's GPU."""
+    import torch
+    import triton
+
+    from hf_argen.kernels.bounds import chip_of
+
+    device = torch.cuda.current_device()
+    facts = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    write_bounds(measured, chip_of(device), facts, path)
+    print(f"\nWrote the bounds of {chip_of(device)} to {path}.")
 
 
 def print_resources() -> None:
@@ -325,25 +412,41 @@ def print_resources() -> None:
             row(f"`{operation}`", variant.label, *cells)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--resources", action="store_true", help="compile for chips and print what kernels take"
     )
+    parser.add_argument(
+        "--write-dispatch",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FILE",
+        help="on a GPU: write where the reference is faster, into the package or another table",
+    )
     parser.add_argument("--rounds", type=int, default=100, help="milliseconds to measure each way")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.resources:
         if os.environ.get("TRITON_INTERPRET") == "1":
             sys.exit("TRITON_INTERPRET is 1, but kernels have to be compiled; unset it.")
         print_resources()
         return
-    print_floors()
     import torch
 
+    if options.write_dispatch and not torch.cuda.is_available():
+        sys.exit(
+            "--write-dispatch measures kernels, but torch finds no GPU; run it on a machine that has one."
+        )
+    print_floors()
     if torch.cuda.is_available():
-        print_times(options.rounds)
+        measured = print_times(options.rounds)
+        if options.write_dispatch:
+            from hf_argen.kernels.bounds import PATH
+
+            write_dispatch(measured, PATH if options.write_dispatch is True else options.write_dispatch)
 
 
 if __name__ == "__main__":

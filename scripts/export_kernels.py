@@ -24,7 +24,7 @@ from hf_argen import __version__, kernels
 from hf_argen.kernels import OPERATIONS
 
 SOURCE = Path(kernels.__file__).parent
-SHARED = ("checks.py", "dispatch.py", "library.py", "variants.py")
+SHARED = ("bounds.json", "bounds.py", "checks.py", "dispatch.py", "library.py", "variants.py")
 README = """---
 library_name: kernels
 license: apache-2.0

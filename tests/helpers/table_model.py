@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hf_argen.generation.decoding import Decoding, Request
+from hf_argen.generation.guidance import PairedLogits
 
 from .enumerator import Distribution, Enumerator
 
@@ -55,6 +56,12 @@ class TablePredictor:
                 nodes.append([*(row if parent < 0 else nodes[parent]), token])
                 logits.append(self._after(nodes[-1]))
         return torch.stack(logits).view(*tokens.shape, -1)
+
+    def prefill_paired(self, inputs) -> PairedLogits:
+        return PairedLogits(self.prefill(inputs)[:, None])
+
+    def predict_paired(self, tokens) -> PairedLogits:
+        return PairedLogits(self.predict(tokens))
 
     def commit(self, keep=None, count=None) -> None:
         for row, number in enumerate(count or [len(nodes) for nodes in self.nodes]):

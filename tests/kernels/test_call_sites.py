@@ -1,7 +1,6 @@
 """Models, decodings and tokenizers with kernels in place of the references give what they give without."""
 
 from collections import Counter
-from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -13,20 +12,22 @@ from hf_argen import (
     DraftModel,
     DynamicTree,
     IndependentSequences,
+    NextScale,
     NextToken,
     SpeculativeDecoding,
     SpeculativeJacobi,
     StaticTree,
+    generate,
 )
 from hf_argen.generation import sampling
 from hf_argen.generation.decoding import DecodingResult
 from hf_argen.generation.decoding.speculative.acceptance import Walk
-from hf_argen.generation.predictors import next_token
 from hf_argen.generation.warping import fusible, warped
-from hf_argen.kernels import mode, tree_attention, use
+from hf_argen.kernels import tree_attention, use
 from hf_argen.modeling.layers import attention
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
+from ..helpers.language_models import PAD, language_model, prompts
 from ..helpers.table_model import TableModel, distribution, run
 from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_llamagen, tiny_var
 from .kernel_base import Recorder, guarded_memory
@@ -38,10 +39,12 @@ SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 12, "top_p": 0.9}
 @pytest.mark.parametrize("family", MODELS)
 @torch.no_grad()
 def test_pictures(family):
-    """The same tokens, drawn with guidance; the operations that the family needs run, and no others."""
+    """The same tokens, drawn with guidance in one pass a step; the operations that the family needs run, and no others."""
     model = MODELS[family]()
     # The interpreter is slow, and one token is drawn like the other.
     options = SAMPLING if family == "var" else {**SAMPLING, "max_new_tokens": 5}
+    if family == "rar":
+        options["guidance_schedule"] = [0.0, 1.0, 0.5, 2.0] * 4
 
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -51,10 +54,113 @@ def test_pictures(family):
     with use("triton"), guarded_memory(), Recorder() as recorder:
         assert torch.equal(draw(), expected)
     used = Counter(str(operation).split(".")[1] for operation, _, _ in recorder.calls)
-    expected_names = {"adaln", "qk_norm_rope_cached"}
-    if family != "var":
-        expected_names.add("sample_logits")
-    assert set(used) == expected_names
+    assert set(used) == {"adaln", "qk_norm_rope_cached", "sample_logits"}
+    assert used["sample_logits"] == (len(model.config.grid_sizes) if family == "var" else 5)
+
+
+def passes_of_draws(recorder: Recorder) -> list[bool]:
+    """For each call of the operation that draws whether it guides, too."""
+    calls = [arguments for operation, arguments, _ in recorder.calls if "sample_logits" in str(operation)]
+    return [unconditional is not None for _, noise, unconditional, *_ in calls if noise is not None]
+
+
+@torch.no_grad()
+def test_language_models_are_guided_as_they_are_drawn():
+    """Rows that end at different places; guidance of log probabilities is that of logits."""
+    model = language_model()
+    options = {"guidance_scale": 1.7, "do_sample": True, "top_k": 12, "temperature": 0.9, "max_new_tokens": 6}
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(4)
+        return generate(model, "next_token", **prompts(), **options, generator=generator)
+
+    expected = draw()
+    assert (expected[:, -1] == PAD).any() and not (expected[:, -1] == PAD).all()
+    with use("triton"), Recorder() as recorder:
+        assert torch.equal(draw(), expected)
+    assert passes_of_draws(recorder) == [True] * 6
+
+
+class Forbidden:
+    """A logits processor that no kernel knows."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(-1, torch.tensor([0]), -torch.inf)
+
+
+UNFUSED = {
+    "processor": {"logits_processor": [Forbidden()]},
+    "logits": {"return_dict_in_generate": True, "output_logits": True},
+    "greedy": {"do_sample": False},
+    "soft_cfg": {"guidance_schedule": "soft_cfg"},
+    "temperatures": {"decoding": NextScale(temperature=[0.5, 1.0, 1.5])},
+    "smooth": {"decoding": NextScale(smooth=True)},
+}
+
+
+@pytest.mark.parametrize(
+    "family, kind, guides",
+    [
+        ("llamagen", "processor", [False] * 3),
+        ("llamagen", "logits", [False] * 3),
+        ("llamagen", "greedy", []),
+        ("llamagen", "soft_cfg", [True] * 3),  # the draw is plain
+        ("var", "processor", []),
+        ("var", "logits", []),
+        ("var", "greedy", []),
+        ("var", "temperatures", []),
+        ("var", "smooth", []),
+    ],
+)
+@torch.no_grad()
+def test_what_is_not_drawn_in_one_pass(family, kind, guides):
+    """Guided logits that something else reads are there for it; the tokens are the same."""
+    model = MODELS[family](num_hidden_layers=1)
+    options = {
+        **SAMPLING,
+        **UNFUSED[kind],
+        "guidance_scale": 2.0,
+        "max_new_tokens": 5 if family == "var" else 3,
+    }
+
+    def draw():
+        return model.generate([1], generator=torch.Generator().manual_seed(0), **options)
+
+    expected = draw()
+    with use("triton"), Recorder() as recorder:
+        found = draw()
+    if kind == "logits":
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        found, expected = found.sequences, expected.sequences
+    assert torch.equal(found, expected)
+    assert passes_of_draws(recorder) == guides
+
+
+@torch.no_grad()
+def test_a_scale_that_is_sampled_otherwise():
+    """A subclass of ours gets guided logits on every device."""
+
+    class Worst(NextScale):
+        def sample(self, predictor, request, trace, logits):
+            ids = self.process(request, trace, logits, predictor.step).argmin(dim=-1)
+            return ids, predictor.quantizer.embed(ids)
+
+    model = tiny_var(num_hidden_layers=1)
+    options = {"do_sample": True, "guidance_scale": 2.0, "decoding": Worst(), "max_new_tokens": 5}
+    expected = model.generate([1], **options)
+    with use("triton"):
+        assert torch.equal(model.generate([1], **options), expected)
+    Worst.__abstractmethods__ = frozenset(["run"])  # no decoding for other tests
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_damaged_weights_are_met_in_one_pass(family):
+    model = MODELS[family](num_hidden_layers=1)
+    with torch.no_grad():
+        list(model.model.layers.parameters())[-1].view(-1)[0] = torch.nan
+    match = "produced NaN or infinite logits; its weights are damaged"
+    with use("triton"), pytest.raises(ValueError, match=match):
+        model.generate([1, 2], guidance_scale=2.0, max_new_tokens=5, **SAMPLING)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -153,14 +259,6 @@ TREES = {
 }
 
 
-def trees_alone() -> ExitStack:
-    """Within the `with` block this operation runs as a kernel, and no other."""
-    stack = ExitStack()
-    for module in (next_token, tree_attention):
-        stack.enter_context(mock.patch.object(module, "runs_kernel", return_value=True))
-    return stack
-
-
 @pytest.mark.parametrize("kind", TREES)
 @pytest.mark.parametrize("family", NEXT_TOKEN_FAMILIES)
 @torch.no_grad()
@@ -175,7 +273,8 @@ def test_attention_to_trees(family, kind):
     if kind == "static":
         options["cache_implementation"] = "static"
     expected = model.generate([1, 2], **options)
-    with trees_alone(), Recorder() as recorder:
+    # This operation runs as a kernel, and no other.
+    with mock.patch.object(tree_attention, "runs_kernel", return_value=True), Recorder() as recorder:
         assert torch.equal(model.generate([1, 2], **options), expected)
     assert {str(operation).split(".")[1] for operation, _, _ in recorder.calls} == {"tree_attention"}
     model.set_attn_implementation("tree_attention")
@@ -230,13 +329,3 @@ def test_draws_follow_the_generators():
         assert torch.equal(draw(), expected)
         followed = Enumerator().distribution(lambda: int(sampling.draw(torch.zeros(1, 1, 2))))
     assert followed == {0: 0.5, 1: 0.5}
-
-
-def test_modes():
-    before = mode()
-    with use("reference"):
-        assert mode() == "reference"
-    assert mode() == before
-    message = "HF_ARGEN_KERNELS is 'cuda'; it must be one of auto, reference, triton"
-    with pytest.raises(ValueError, match=message), use("cuda"):
-        raise AssertionError("not reached")

@@ -1,8 +1,12 @@
 """What the benchmark of kernels says without a GPU."""
 
+import json
+
 import pytest
+import torch
 
 from hf_argen.kernels import OPERATIONS
+from hf_argen.kernels.bounds import PATH, SIZES, holds
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +16,7 @@ def script(load_script):
 
 def test_every_operation_has_shapes(script):
     assert {shape.operation for shape in script.SHAPES} == set(OPERATIONS)
+    assert all(tuple(shape.sizes) == SIZES[shape.operation] for shape in script.SHAPES)
 
 
 def test_floors(script):
@@ -30,3 +35,56 @@ def test_table(script, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(script.SHAPES)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+@pytest.fixture
+def measured(script):
+    """Of three shapes of one operation: the kernel wins, loses, and loses against the compiled reference alone."""
+    shapes = [one for one in script.SHAPES if one.operation == "adaln"]
+    assert len(shapes) == 3
+    times = [(1.0, 1.04, 0.97), (1.0, 0.9, 0.8), (1.0, 1.5, 0.9)]  # kernel, reference, compiled reference
+    names = ("kernel", *script.REFERENCES.values())
+    return [
+        script.Measured(shape, dict(zip(names, one, strict=True)))
+        for shape, one in zip(shapes, times, strict=True)
+    ]
+
+
+def test_bounds_hold_what_was_lost_and_nothing_that_was_won(script, measured):
+    winner, loser, other = (one.shape.sizes for one in measured)
+    plain = script.losing_bounds(measured, "reference")
+    assert plain == {"adaln": [{name: [size // 2 + size % 2, 2 * size] for name, size in loser.items()}]}
+    compiled = script.losing_bounds(measured, "compiled reference")["adaln"]
+    assert [any(holds(box, one) for box in compiled) for one in (winner, loser, other)] == [False, True, True]
+
+
+def test_a_winner_close_by_narrows_the_bounds(script, measured, capsys):
+    winner, loser, _ = measured
+    near = script.Shape(
+        "adaln", "near", {**loser.shape.sizes, "rows": loser.shape.sizes["rows"] + 1}, 0, 0, 0, None
+    )
+    found = script.losing_bounds([loser, script.Measured(near, winner.times)], "reference")
+    assert found == {"adaln": [{name: [size, size] for name, size in loser.shape.sizes.items()}]}
+    same = script.Measured(loser.shape, winner.times)
+    assert script.losing_bounds([loser, same], "reference") == {}
+    assert "another form of these sizes takes the kernel" in capsys.readouterr().out
+
+
+def test_bounds_of_other_chips_stay(script, measured, tmp_path):
+    path = tmp_path / "bounds.json"
+    path.write_text(json.dumps({"sm_80": {"plain": {}}, "sm_90": {"plain": {"adaln": []}}}))
+    script.write_bounds(measured, "sm_90", {"device": "a GPU"}, path)
+    table = json.loads(path.read_text())
+    assert list(table) == ["sm_80", "sm_90"] and table["sm_80"] == {"plain": {}}
+    assert table["sm_90"]["measured"] == {"device": "a GPU"}
+    assert table["sm_90"]["plain"] == script.losing_bounds(measured, "reference")
+    assert len(table["sm_90"]["compiled"]["adaln"]) == 2
+    assert [one.name for one in tmp_path.iterdir()] == ["bounds.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+def test_nothing_is_written_without_a_gpu(script):
+    before = PATH.read_text()
+    with pytest.raises(SystemExit, match="torch finds no GPU; run it on a machine that has one"):
+        script.main(["--write-dispatch"])
+    assert PATH.read_text() == before

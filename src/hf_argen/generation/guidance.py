@@ -203,10 +203,19 @@ class Combiner:
     strengths: torch.Tensor
 
     @cached_property
+    def values(self) -> list[float]:
+        """`strengths` on the host."""
+        return self.strengths.tolist()
+
+    @cached_property
     def constant(self) -> float | None:
         """The strength, if it is the same everywhere and not 0."""
-        values = set(self.strengths.tolist())
+        values = set(self.values)
         return values.pop() if len(values) == 1 and 0.0 not in values else None
+
+    def at(self, step: int | None) -> float | None:
+        """The strength at a place of the sequence; `None` stands for several of them, and for a strength that differs."""
+        return self.constant if step is None else self.values[min(step, len(self.values) - 1)]
 
     def __call__(
         self, conditional: torch.Tensor, unconditional: torch.Tensor, steps: torch.Tensor
@@ -240,8 +249,41 @@ class LogProbabilityCombiner:
 
     scale: float
 
+    def at(self, step: int | None) -> float:
+        """As of [`Combiner`]: a distribution is the same whether logits or log probabilities are guided."""
+        return self.scale - 1
+
     def __call__(
         self, conditional: torch.Tensor, unconditional: torch.Tensor, steps: torch.Tensor
     ) -> torch.Tensor:
         conditional, unconditional = conditional.log_softmax(dim=-1), unconditional.log_softmax(dim=-1)
         return self.scale * (conditional - unconditional) + unconditional
+
+
+@dataclass
+class PairedLogits:
+    """
+    Logits that may still have to be guided, so that a kernel can guide, warp and draw in one pass.
+
+    Args:
+        logits: (rows, ..., vocab_size), float32 or the dtype of the model; conditional rows, then as many unconditional ones.
+            Without `combine` (batch, ..., vocab_size), with nothing left to do.
+        combine: guides conditional and unconditional logits, float32.
+        strength: of what `combine` does, in the convention of [`guide`]; `None` if one number does not say it.
+    """
+
+    logits: torch.Tensor
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    strength: float | None = 0.0
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Conditional and unconditional logits, (batch, ..., vocab_size) each; no others where they have no weight."""
+        if self.combine is None:
+            return self.logits, None
+        conditional, unconditional = self.logits.chunk(2)
+        return conditional, None if self.strength == 0 else unconditional
+
+    def guided(self) -> torch.Tensor:
+        """(batch, ..., vocab_size) float32."""
+        logits = self.logits.float()
+        return logits if self.combine is None else self.combine(*logits.chunk(2))

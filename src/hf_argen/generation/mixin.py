@@ -220,9 +220,6 @@ class ImageGenerationMixin(GenerationMixin):
     def _pack(self, result: DecodingResult, inputs: dict[str, Any], config: GenerationConfig) -> Any:
         if not config.return_dict_in_generate:
             return result.sequences
-        details = dict(result.details)
-        if not config.output_logits:
-            details.pop("logits", None)
         decodable = result.sequences if result.decodable is None else result.decodable
         has_tokenizer = self.image_tokenizer is not None or self.lent_image_tokenizer
         images = self.decode_partly(decodable) if has_tokenizer else None
@@ -232,5 +229,5 @@ class ImageGenerationMixin(GenerationMixin):
             steps=result.steps,
             forward_calls=result.forward_calls,
             class_labels=inputs.get("class_labels"),
-            **details,
+            **result.details,
         )

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..kernels.dispatch import runs_kernel
-from ..kernels.sample_logits import sample_logits
+from ..kernels.sample_logits import runs_here, sample_logits
+from .guidance import PairedLogits
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the whole batch, or one per row (then a row's draws do not depend on the batch around it)."""
@@ -116,9 +116,14 @@ def randomness(source: Randomness) -> Iterator[Randomness]:
         _source.reset(token)
 
 
+def is_torch() -> bool:
+    """Whether torch's generators make the choices, so that noise may be drawn for a kernel; not where a test chooses."""
+    return _source.get() is _TORCH
+
+
 def runs_fused(scores: torch.Tensor) -> bool:
-    """Whether a kernel draws in place of the primitives, from noise that it is given; not where a test chooses."""
-    return _source.get() is _TORCH and runs_kernel(scores)
+    """Whether a kernel draws from scores (..., choices) in place of the primitives, from noise that it is given."""
+    return is_torch() and runs_here(scores)
 
 
 def exponential(like: torch.Tensor, generator: Generators = None) -> torch.Tensor:
@@ -156,6 +161,31 @@ def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     noise = exponential(scores, generator)
     rows = (-1, scores.shape[-1])
     return sample_logits(scores.reshape(rows), noise.view(rows))[0].view(scores.shape[:-1])
+
+
+def draw_guided(
+    paired: PairedLogits, options: dict[str, Any], generator: Generators = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Guidance, warpers and one draw in one pass; for a kernel, see [`runs_fused`].
+
+    Args:
+        paired: of (batch, ..., choices) draws, with a `strength`.
+        options: `temperature`, `top_k`, `top_p`, `min_p` of [`hf_argen.kernels.sample_logits.sample_logits`].
+        generator: as for [`categorical`], which draws the same from the same generator.
+
+    Returns:
+        the choices (batch, ...) int64, and their log probabilities (batch, ...) float32: NaN where logits are NaN or infinite,
+        -inf where all of them are -inf.
+    """
+    conditional, unconditional = paired.halves()
+    shape, rows = conditional.shape, (-1, conditional.shape[-1])
+    noise = exponential(conditional.new_empty(shape, dtype=torch.float32), generator)
+    other = {}
+    if unconditional is not None:
+        other = {"unconditional": unconditional.reshape(rows), "guidance": paired.strength}
+    ids, log_probs, _ = sample_logits(conditional.reshape(rows), noise.view(rows), **other, **options)
+    return ids.view(shape[:-1]), log_probs.view(shape[:-1])
 
 
 def bernoulli(probs: torch.Tensor, generator: Generators = None) -> torch.Tensor:

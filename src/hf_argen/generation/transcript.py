@@ -216,7 +216,7 @@ class Transcript:
         whether a draw was possible everywhere.
 
         Args:
-            scores: (batch, k, vocab_size), or of every place the best one (batch, k).
+            scores: (batch, k, vocab_size), or of every place the best one (batch, k); log probabilities of what was drawn do, too.
             counts: from how many of the places each row took its token; default: from all, unless it has ended.
         """
         best = scores.amax(dim=-1) if scores.ndim == 3 else scores

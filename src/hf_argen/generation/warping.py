@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..kernels.dispatch import runs_kernel
-from ..kernels.sample_logits import filter_logits
+from ..kernels.sample_logits import filter_logits, runs_here
 
 # In the order in which transformers applies them, which is that of the kernel.
 ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -26,7 +25,7 @@ def warped(processors: Sequence[Any], scores: torch.Tensor, input_ids: torch.Ten
     Returns:
         (rows, vocab_size) float32.
     """
-    if not runs_kernel(scores):
+    if not runs_here(scores):
         for processor in processors:  # not as a list of transformers, which reads their signatures every time
             scores = processor(input_ids, scores)
         return scores
@@ -54,6 +53,12 @@ def fusible(processors: Sequence[Any]) -> dict[str, Any]:
         name = OPTIONS[next_place - 1]
         options[name] = getattr(processor, name)
     return options
+
+
+def warps_alone(processors: Sequence[Any]) -> dict[str, Any] | None:
+    """The options of [`fusible`] if these are all that the processors do; otherwise `None`."""
+    options = fusible(processors)
+    return options if len(options) == len(processors) else None
 
 
 def _is_plain(processor: Any) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .bounds import prefers_reference
 from .checks import FLOATS
 
 VARIABLE = "HF_ARGEN_KERNELS"
@@ -34,7 +35,10 @@ _mode = _checked(os.environ.get(VARIABLE, "auto"))
 
 
 def mode() -> str:
-    """ "auto": kernels on a GPU where Triton is installed; "reference": never; "triton": always."""
+    """
+    "auto": kernels on a GPU where Triton is installed, for shapes of which it is not known that the reference is faster;
+    "reference": never; "triton": always.
+    """
     return _mode
 
 
@@ -55,16 +59,21 @@ def use(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def runs_kernel(tensor: torch.Tensor) -> bool:
+def runs_kernel(tensor: torch.Tensor, operation: str, **sizes: int) -> bool:
     """
     Whether an operation on this tensor runs as a kernel: float32, bfloat16 or float16 on a GPU. On a CPU "triton" means
     Triton's interpreter.
+
+    Args:
+        operation, sizes: which, and how large it is, by the names in `bounds.SIZES`.
 
     Raises:
         RuntimeError: "triton" for a tensor on a CPU, without the interpreter.
     """
     if tensor.is_cuda:  # true on AMD's GPUs, too
-        return _mode != "reference" and HAS_TRITON and tensor.dtype in FLOATS
+        if _mode == "reference" or not HAS_TRITON or tensor.dtype not in FLOATS:
+            return False
+        return _mode == "triton" or not prefers_reference(operation, tensor.device, sizes)
     if _mode != "triton" or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
         return False
     if not INTERPRETS:

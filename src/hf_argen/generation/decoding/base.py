@@ -78,7 +78,8 @@ class DecodingResult:
         is_finite: scalar bool tensor; False when the model produced NaN or infinity.
         has_nan: scalar bool tensor, whether it produced NaN, where that was looked for.
         best: (batch,) float32, of the places that were drawn the lowest of the best scores after the logits processors:
-            -inf where no token was allowed, NaN where scores were; see `kernels.sample_logits.check_sampled`.
+            -inf where no token was allowed, NaN where scores were; see `kernels.sample_logits.check_sampled`. Where a kernel
+            draws in one pass, log probabilities of what was drawn in their place.
     """
 
     sequences: torch.Tensor

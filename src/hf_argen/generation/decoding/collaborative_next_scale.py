@@ -54,24 +54,24 @@ class CollaborativeNextScale(NextScale):
         state = snapshot(generator, request.model.input_device)
 
         trace, inputs = Trace(), []
-        logits = drafter.prefill(request.inputs)
+        paired = drafter.prefill_paired(request.inputs)
         draft_stop = min(self.drafted(drafter.num_scales), stop)
         while True:
-            self.commit_scale(drafter, request, trace, logits)
+            self.commit_scale(drafter, request, trace, paired)
             if trace.is_stopped or drafter.step == stop:
                 return self.result(trace, drafter, drafter.calls)
             inputs.append(drafter.next_input())
             if drafter.step == draft_stop:
                 break
-            logits = drafter.predict()
+            paired = drafter.predict_paired()
 
         refiner.start(request.inputs)
         refiner.adopt(drafter)
-        logits = refiner.predict(torch.cat(inputs, dim=1), range(refiner.step + 1))
+        paired = refiner.predict_paired(torch.cat(inputs, dim=1), range(refiner.step + 1))
         if request.generation_config.do_sample:
             rewind(generator, state)
-            self._draw_again(refiner, logits, generator)
-        self.decode(refiner, request, trace, logits, stop)
+            self._draw_again(refiner, paired.logits, generator)
+        self.decode(refiner, request, trace, paired, stop)
         return self.result(trace, refiner, drafter.calls + refiner.calls)
 
     def refiner_predictor(self, request: Request) -> NextScalePredictor:
@@ -100,6 +100,6 @@ class CollaborativeNextScale(NextScale):
         The authors' refiner starts from the drafter's seed and draws for the drafted scales too, then drops those
         draws; to agree with it seed by seed, so do we. Noise does not depend on the distribution drawn from.
         """
-        batch, _, vocab = logits.shape
+        vocab = logits.shape[-1]
         for length in refiner.scale_lengths[: refiner.step]:
-            categorical(logits.new_full((batch, length, vocab), 1 / vocab), generator)
+            categorical(logits.new_full((refiner.batch_size, length, vocab), 1 / vocab), generator)

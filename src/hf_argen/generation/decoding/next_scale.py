@@ -14,8 +14,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..guidance import PairedLogits
 from ..predictors.next_scale import NextScalePredictor
-from ..sampling import categorical, gumbel_softmax
+from ..sampling import categorical, draw_guided, gumbel_softmax, runs_fused
+from ..warping import warps_alone
 from .base import Decoding, DecodingResult, Guarantee, Request
 
 
@@ -29,6 +31,14 @@ class Trace:
     is_finite: torch.Tensor | None = None
     best: torch.Tensor | None = None
     is_stopped: bool = False
+
+    def note(self, best: torch.Tensor) -> None:
+        """For each row the lowest of the best scores (batch,) of the places of a scale."""
+        self.best = best if self.best is None else torch.minimum(self.best, best)
+
+    def note_finite(self, is_finite: torch.Tensor) -> None:
+        """Whether the logits of a scale are finite."""
+        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
 
     def sequences(self) -> torch.Tensor:
         """Ids so far, (batch, tokens)."""
@@ -86,8 +96,8 @@ class NextScale(Decoding):
         self.check(request)
         predictor = request.predictor
         trace = Trace()
-        logits = predictor.prefill(request.inputs)
-        self.decode(predictor, request, trace, logits, request.num_steps or predictor.num_scales)
+        paired = predictor.prefill_paired(request.inputs)
+        self.decode(predictor, request, trace, paired, request.num_steps or predictor.num_scales)
         return self.result(trace, predictor, predictor.calls)
 
     def check(self, request: Request) -> None:
@@ -104,25 +114,31 @@ class NextScale(Decoding):
             raise ValueError("smooth=True mixes codes by random noise; it needs do_sample=True.")
 
     def decode(
-        self, predictor: NextScalePredictor, request: Request, trace: Trace, logits: torch.Tensor, stop: int
+        self, predictor: NextScalePredictor, request: Request, trace: Trace, paired: PairedLogits, stop: int
     ) -> None:
         """Samples and commits scales from the predictor's present one up to `stop` - 1."""
         while True:
-            self.commit_scale(predictor, request, trace, logits)
+            self.commit_scale(predictor, request, trace, paired)
             if trace.is_stopped or predictor.step == stop:
                 return
-            logits = predictor.predict()
+            paired = predictor.predict_paired()
 
     def commit_scale(
-        self, predictor: NextScalePredictor, request: Request, trace: Trace, logits: torch.Tensor
+        self, predictor: NextScalePredictor, request: Request, trace: Trace, paired: PairedLogits
     ) -> None:
-        """Draws one scale from its guided logits and makes it part of the picture."""
-        step = predictor.step
-        finite = torch.isfinite(logits).all()
-        trace.is_finite = finite if trace.is_finite is None else trace.is_finite & finite
-        if request.wants_details:
-            trace.logits.append(logits)
-        ids, codes = self.sample(predictor, request, trace, logits)
+        """Draws one scale from its logits and makes it part of the picture."""
+        step, logits = predictor.step, None
+        options = self.one_pass(request, paired, step)
+        if options is not None:
+            ids, log_probs = draw_guided(paired, options, request.generator)
+            trace.note_finite(log_probs.isfinite().all())  # nothing but the model can have spoilt a draw
+            codes = predictor.quantizer.embed(ids)
+        else:
+            logits = paired.guided()
+            trace.note_finite(torch.isfinite(logits).all())
+            ids, codes = self.sample(predictor, request, trace, logits)
+            if request.wants_details and request.generation_config.output_logits:
+                trace.logits.append(logits)
         self.commit(predictor, request, codes)
         trace.ids.append(ids)
         if request.wants_details:
@@ -132,14 +148,27 @@ class NextScale(Decoding):
         if step + 1 < predictor.num_scales and request.stopping_criteria:
             trace.is_stopped = bool(request.stopping_criteria(trace.sequences(), logits).all())
 
+    def one_pass(self, request: Request, paired: PairedLogits, step: int) -> dict[str, Any] | None:
+        """
+        The warpers of a scale, where a kernel guides, warps and draws in one pass; `None` where it does not: on other
+        devices, for greedy requests, with processors that are no plain warpers, with codes that are mixed or a temperature
+        that divides after top-p, in subclasses that sample otherwise, and where the logits are wanted.
+        """
+        config, own = request.generation_config, type(self)
+        is_plain = config.do_sample and not self.smooth and self.temperature is None
+        is_plain = is_plain and own.sample is NextScale.sample and own.process is NextScale.process
+        wants_logits = request.stopping_criteria or (request.wants_details and config.output_logits)
+        if not is_plain or wants_logits or not runs_fused(paired.halves()[0]):
+            return None
+        return warps_alone(self.processors(request, step))
+
     def sample(
         self, predictor: NextScalePredictor, request: Request, trace: Trace, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (batch, tokens) of the scale and the codes (batch, tokens, channels) that enter the picture."""
         step, num_scales = predictor.step, predictor.num_scales
         scores = self.process(request, trace, logits, step)
-        best = scores.amax(dim=-1).amin(dim=1)
-        trace.best = best if trace.best is None else torch.minimum(trace.best, best)
+        trace.note(scores.amax(dim=-1).amin(dim=1))
         if not request.generation_config.do_sample:
             ids = scores.argmax(dim=-1)
             return ids, predictor.quantizer.embed(ids)
@@ -200,7 +229,9 @@ class NextScale(Decoding):
         """Packs what was drawn; the feature map makes the picture."""
         details: dict[str, Any] = {}
         if trace.feature_maps:
-            details = {"feature_maps": tuple(trace.feature_maps), "logits": torch.cat(trace.logits, dim=1)}
+            details["feature_maps"] = tuple(trace.feature_maps)
+        if trace.logits:
+            details["logits"] = torch.cat(trace.logits, dim=1)
         return DecodingResult(
             sequences=trace.sequences(),
             decodable=predictor.feature_map,

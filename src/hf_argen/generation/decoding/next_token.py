@@ -1,12 +1,15 @@
 """Plain next-token decoding: one token after another (arXiv 2406.06525 for pictures)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from ..guidance import PairedLogits
 from ..predictors.next_token import NextTokenPredictor
+from ..sampling import draw_guided, runs_fused
 from ..transcript import Transcript, choose
+from ..warping import warps_alone
 from .base import DecodingResult, Guarantee, Request
 from .token_loop import TokenLoop
 
@@ -23,19 +26,38 @@ class NextToken(TokenLoop):
     def run(self, request: Request) -> DecodingResult:
         predictor: NextTokenPredictor = request.predictor
         transcript = self.open(request)
-        logits = predictor.prefill(request.inputs)
-        finite = torch.isfinite(logits).all()
+        paired = predictor.prefill_paired(request.inputs)
+        finite = torch.ones((), dtype=torch.bool, device=paired.logits.device)
+        options = self.one_pass(request, transcript, paired)
         while True:
-            scores = transcript.process(logits[:, None])
-            tokens = choose(scores[:, 0], request.generation_config.do_sample, request.generator)
-            transcript.note(scores)
-            tokens = self.kept_or_drawn(request, tokens, transcript)
-            transcript.append(tokens[:, None], logits=logits[:, None], scores=scores)
+            logits = scores = None
+            if options is not None and paired.strength is not None:
+                tokens, log_probs = draw_guided(paired, options, request.generator)
+                transcript.note(log_probs)
+            else:
+                logits = paired.guided()
+                finite = finite & torch.isfinite(logits).all()
+                scores = transcript.process(logits)
+                tokens = choose(scores, request.generation_config.do_sample, request.generator)
+                transcript.note(scores)
+            tokens = self.kept_or_drawn(request, tokens[:, 0], transcript)
+            transcript.append(tokens[:, None], logits=logits, scores=scores)
             if transcript.is_done:
+                if options is not None:  # nothing but the model itself can have spoilt a draw
+                    finite = finite & transcript.best.isfinite().all()
                 return self.result(request, transcript, transcript.lengths[0], finite)
-            logits = predictor.predict(transcript.last())[:, 0]
+            paired = predictor.predict_paired(transcript.last())
             predictor.commit()
-            finite = finite & torch.isfinite(logits).all()
+
+    @staticmethod
+    def one_pass(request: Request, transcript: Transcript, paired: PairedLogits) -> dict[str, Any] | None:
+        """
+        The warpers of the request, where a kernel guides, warps and draws in one pass; `None` where it does not: on other
+        devices, for greedy requests, with processors that are no plain warpers, and where logits or scores are kept.
+        """
+        if not request.generation_config.do_sample or transcript.keeps or not runs_fused(paired.halves()[0]):
+            return None
+        return warps_alone(request.logits_processor)
 
     @staticmethod
     def kept_or_drawn(request: Request, tokens: torch.Tensor, transcript: Transcript) -> torch.Tensor:

@@ -61,8 +61,6 @@ class TokenLoop(Decoding):
         if self.can_compile and config.compile_config is not None:
             predictor.compile_for(self.largest_draft)
         asked = {"logits": config.output_logits, "scores": config.output_scores}
-        if prompt.shape[1] == 0 and request.wants_details and self.largest_draft == 1:
-            asked["logits"] = True
         return Transcript(
             prompt=prompt,
             logits_processor=request.logits_processor,

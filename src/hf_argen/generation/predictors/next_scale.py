@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..cache import PreallocatedCache
-from ..guidance import Guidance, guide
+from ..guidance import Guidance, PairedLogits, guide
 from .base import Predictor
 
 
@@ -46,8 +46,12 @@ class NextScalePredictor(Predictor):
         Returns:
             logits of the first scale (batch, tokens of the scale, vocab_size).
         """
+        return self.prefill_paired(inputs).guided()
+
+    def prefill_paired(self, inputs: dict[str, Any]) -> PairedLogits:
+        """As `prefill`, with guidance left to do."""
         self.start(inputs)
-        return self.predict(None, range(1))
+        return self.predict_paired(None, range(1))
 
     def start(self, inputs: dict[str, Any]) -> None:
         """Reads the request without predicting anything yet."""
@@ -89,32 +93,33 @@ class NextScalePredictor(Predictor):
         Returns:
             logits (batch, tokens of the last of these scales, vocab_size) float32.
         """
+        return self.predict_paired(tokens, positions).guided()
+
+    def predict_paired(
+        self, tokens: torch.Tensor | None = None, positions: range | None = None
+    ) -> PairedLogits:
+        """As `predict`, with guidance left to do, unless a compiled step has done it."""
         positions = range(self.step, self.step + 1) if positions is None else positions
         scale = positions[-1]
         if tokens is None and scale > 0:
             tokens = self.next_input()
         if tokens is not None and self.is_guided:
             tokens = tokens.repeat(2, 1, 1)
-        strength: Any = self.guidance.strength(scale, self.num_scales) if self.is_guided else None
-        if self.steps is not None and self.is_guided:  # a tensor is no constant of the graph
-            strength = torch.full((), strength, device=self._condition.device)
-        arguments = (
-            self.model,
-            self._condition,
-            tokens,
-            range(positions[0], scale + 1),
-            self._cache,
-            self.scale_lengths[scale],
-            strength,
-        )
+        scales = range(positions[0], scale + 1)
+        arguments = (self.model, self._condition, tokens, scales, self._cache, self.scale_lengths[scale])
+        strength = self.guidance.strength(scale, self.num_scales) if self.is_guided else 0.0
         self.calls += 1
-        if scale > 0:
-            return self.run(scale_step, *arguments)
-        # Never compiled: it makes room in the cache, and computes what no later scale changes.
-        logits = scale_step(*arguments)
+        if self.steps is not None and scale > 0:
+            # A tensor is no constant of the graph.
+            given = torch.full((), strength, device=self._condition.device) if self.is_guided else None
+            return PairedLogits(self.run(scale_step, *arguments, given))
+        # The first scale is never compiled: it makes room in the cache, and computes what no later scale changes.
+        logits = scale_step(*arguments, None)
         if self.steps is not None:
             self._cache.fix_addresses()
-        return logits
+        if not self.is_guided:
+            return PairedLogits(logits)
+        return PairedLogits(logits, lambda one, other: guide(one, other, strength), strength)
 
     def commit(self, keep: torch.Tensor, count: torch.Tensor | None = None) -> None:
         """
@@ -161,9 +166,9 @@ def scale_step(
     scales: range,
     cache: PreallocatedCache,
     last_tokens: int,
-    strength: float | torch.Tensor | None,
+    strength: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Guided logits of the last of the scales; `strength` is `None` where the rows are not paired."""
+    """Logits of the last of the scales: of all rows, or with a `strength` guided ones."""
     logits = model.scale_logits(condition, features, scales.start, scales.stop, cache, last_tokens)
     logits = logits.to(condition.device)  # of a model on several devices, the head may be on another
     if strength is None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ...kernels.dispatch import runs_kernel
+from ...kernels import tree_attention
 from ..cache import PreallocatedCache
-from ..guidance import Combiner, Guidance, SoftCFG
+from ..guidance import Combiner, Guidance, PairedLogits, SoftCFG
 from .base import Predictor
 from .masks import Pattern, View, additive, additive_of_nodes
 from .tree import NodeTree
@@ -120,7 +120,7 @@ class NextTokenPredictor(Predictor):
         """Feeds tokens (rows, n) at their positions; logits (rows, n, vocab_size)."""
         needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
         self._cache.tree = None
-        if needs_mask and self.goes_by_tree():
+        if needs_mask and self.goes_by_tree(tokens.shape[1]):
             needs_mask = False
             self._cache.tree = self.view(tokens.shape[1]).packed(len(tokens))
         return self.model.next_logits(
@@ -132,13 +132,13 @@ class NextTokenPredictor(Predictor):
             **self._context,
         )
 
-    def goes_by_tree(self) -> bool:
-        """Whether attention takes a [`TreeView`] in place of a mask: where it is a kernel, or the model asks for it."""
+    def goes_by_tree(self, n: int) -> bool:
+        """Whether attention of n nodes takes a [`TreeView`] in place of a mask: where it is a kernel, or the model asks for it."""
         if not getattr(self.model, "reads_trees", False):
             return False
         implementation = self.model.config._attn_implementation
         if implementation in ("eager", "sdpa"):
-            return runs_kernel(self._cache.layers[0].keys)
+            return tree_attention.runs_here(self._cache.layers[0].keys, n, self._columns())
         return implementation == "tree_attention"
 
     # What is the same
@@ -188,10 +188,13 @@ class NextTokenPredictor(Predictor):
         Returns:
             guided logits of the first token (batch, vocab_size) float32.
         """
+        return self.prefill_paired(inputs).guided()[:, 0]
+
+    def prefill_paired(self, inputs: dict[str, Any]) -> PairedLogits:
+        """As `prefill`, with guidance left to do; (rows, 1, vocab_size)."""
         logits = self.read_prompt(inputs)
         self._prompt_is_read()
-        first = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
-        return self._guided(logits, first)[:, 0]
+        return self._pair(logits, torch.zeros(1, 1, dtype=torch.long, device=logits.device), 0)
 
     def _prompt_is_read(self) -> None:
         """What every way of reading a prompt ends with: from now on static memory is seen whole."""
@@ -259,12 +262,16 @@ class NextTokenPredictor(Predictor):
         Returns:
             guided logits (batch, n, vocab_size) float32 of what follows each token.
         """
+        return self.predict_paired(tokens, parents).guided()
+
+    def predict_paired(self, tokens: torch.Tensor, parents: torch.Tensor | None = None) -> PairedLogits:
+        """As `predict`, with guidance left to do, unless a compiled step has done it; (rows, n, vocab_size)."""
         n, device = tokens.shape[1], tokens.device
         before = self._nodes.size
         self._nodes.grow(n, parents, self.batch_size, device)
         if self.steps is not None:
             self.calls += 1
-            return self._predict_compiled(tokens, before)
+            return PairedLogits(self._predict_compiled(tokens, before))
         depth = self._nodes.depths(n, device)
         start = self.length + self._prompt_length
         if self.is_soft:
@@ -279,8 +286,10 @@ class NextTokenPredictor(Predictor):
         )
         self.calls += 1
         if self.combine is None:
-            return logits.float()
-        return self._guided(logits, self.length[:, None] + depth + 1)
+            return PairedLogits(logits)
+        is_one_place = n == 1 and self.is_even and self._nodes.is_chain
+        place = self._lengths[0] + before + 1 if is_one_place else None
+        return self._pair(logits, self.length[:, None] + depth + 1, place)
 
     def _predict_compiled(self, tokens: torch.Tensor, before: int) -> torch.Tensor:
         """`predict` after `before` nodes, by a graph that takes any tokens, lengths and trees."""
@@ -324,12 +333,16 @@ class NextTokenPredictor(Predictor):
             return additive(view.visible(patterns, rows), dtype)
         return {kind: additive(view.visible(pattern, rows), dtype) for kind, pattern in patterns.items()}
 
+    def _columns(self) -> int:
+        """Places of the cache that attention looks at."""
+        filled = self._prompt_length + max(self._lengths) + self._nodes.size
+        return self._cache.capacity if self.is_static else filled
+
     def view(self, n: int) -> View:
         """What the last `n` nodes see."""
-        columns = self._prompt_length + max(self._lengths) + self._nodes.size
         return View(
             starts=self.length + self._prompt_length,
-            columns=self._cache.capacity if self.is_static else columns,
+            columns=self._columns(),
             ancestors=self._nodes.ancestors(n, self.length.device),
             hidden=self._hidden,
         )
@@ -387,15 +400,15 @@ class NextTokenPredictor(Predictor):
         """The same for the unconditional rows."""
         return value.repeat(2, *[1] * (value.ndim - 1)) if self.is_guided else value
 
-    def _guided(self, logits: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
+    def _pair(self, logits: torch.Tensor, steps: torch.Tensor, place: int | None) -> PairedLogits:
+        """Logits (rows, n, vocab_size) at the places `steps` (batch or 1, n) of the sequence: all at `place`, if that is one."""
         if self.combine is None:
-            return logits
-        conditional, unconditional = logits.chunk(2)
+            return PairedLogits(logits)
         if self.is_soft:
-            sure = conditional[:, -1:].softmax(dim=-1).amax(dim=-1)
+            sure = logits[: self.batch_size, -1:].float().softmax(dim=-1).amax(dim=-1)
             self._certainty = sure if self._certainty is None else torch.cat([self._certainty, sure], dim=1)
-        return self.combine(conditional, unconditional, steps)
+        combine = self.combine
+        return PairedLogits(logits, lambda one, other: combine(one, other, steps), combine.at(place))
 
 
 def token_step(

@@ -49,7 +49,8 @@ def adaln(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, where the kernel runs; the reference raises what PyTorch does.
     """
-    if not runs_kernel(hidden_states) or hidden_states.shape[-1] > MAX_HIDDEN:
+    rows, hidden = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
+    if hidden > MAX_HIDDEN or not runs_kernel(hidden_states, NAME, rows=rows, hidden=hidden):
         return reference.adaln(
             hidden_states, scale, shift, eps,
             update=update, gate=gate, weight=weight, bias=bias, rms=rms, dtype=dtype,

@@ -73,7 +73,7 @@ def qk_norm_rope(
     """
     if norm not in NORMS:
         raise ValueError(f"{NAME}: norm is {norm!r}; it must be one of {', '.join(map(repr, NORMS))}.")
-    if not (runs_kernel(query) and query.shape[-1] <= MAX_HEAD_DIM) or _needs_gradient(query, key):
+    if not (runs_here(query) and query.shape[-1] <= MAX_HEAD_DIM) or _needs_gradient(query, key):
         query, key = reference.qk_norm_rope(
             query, key, norm=norm, eps=eps, query_weight=query_weight, key_weight=key_weight,
             query_bias=query_bias, key_bias=key_bias, query_scale=query_scale, rotation=rotation,
@@ -94,6 +94,12 @@ def qk_norm_rope(
         query, key, value, slot.keys, slot.values, slot.places, slot.start, norm or "", eps, *weights, *given
     )
     return query, query.new_empty((0,))
+
+
+def runs_here(query: torch.Tensor) -> bool:
+    """Whether a kernel handles queries (batch, heads, n, head_dim), as far as mode, device and size say."""
+    rows, head_dim = query.shape[:-1].numel(), query.shape[-1]
+    return runs_kernel(query, NAME, rows=rows, head_dim=head_dim)
 
 
 def _needs_gradient(query: torch.Tensor, key: torch.Tensor) -> bool:

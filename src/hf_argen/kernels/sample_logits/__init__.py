@@ -55,7 +55,7 @@ def sample_logits(
         ValueError: shapes, dtypes or devices that do not fit; an option that is one value and out of its range.
     """
     _check(logits, noise, unconditional, guidance, temperature, top_k, top_p, min_p)
-    if not runs_kernel(logits):
+    if not runs_here(logits):
         return reference.sample_logits(
             logits, noise, unconditional, guidance, temperature, top_k, top_p, min_p, return_probs
         )
@@ -80,10 +80,15 @@ def filter_logits(
     that are exactly equal at the bound, which stay together here.
     """
     _check(logits, None, unconditional, guidance, temperature, top_k, top_p, min_p)
-    if not runs_kernel(logits):
+    if not runs_here(logits):
         return reference.filter_logits(logits, unconditional, guidance, temperature, top_k, top_p, min_p)
     parameters, *values = _packed(logits, guidance, temperature, top_k, top_p, min_p)
     return _operation(logits, None, unconditional, parameters, *values, SCORES)[2]
+
+
+def runs_here(logits: torch.Tensor) -> bool:
+    """Whether a kernel handles logits (..., vocab), as far as mode, device and size say."""
+    return runs_kernel(logits, NAME, rows=logits.shape[:-1].numel(), vocab=logits.shape[-1])
 
 
 def check_sampled(log_probs: torch.Tensor) -> None:

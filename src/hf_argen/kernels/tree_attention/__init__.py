@@ -55,10 +55,19 @@ def tree_attention(
     _check(query, keys, values, starts, ancestors, nodes, hidden, columns)
     n, head_dim = query.shape[2:]
     needs_gradient = torch.is_grad_enabled() and query.requires_grad
-    if not runs_kernel(query) or needs_gradient or n > MAX_NODES or head_dim > MAX_HEAD_DIM:
+    fits = n <= MAX_NODES and head_dim <= MAX_HEAD_DIM and not needs_gradient
+    if not (fits and runs_here(keys, n, columns)):
         return reference.tree_attention(query, keys, values, starts, ancestors, nodes, hidden, scaling)
     scaling = head_dim**-0.5 if scaling is None else scaling
     return _operation(query, keys, values, starts, ancestors, nodes, hidden, scaling, columns)
+
+
+def runs_here(keys: torch.Tensor, nodes: int, columns: int) -> bool:
+    """Whether a kernel handles so many new nodes, as far as mode, device and size of the cache say."""
+    batch, key_heads, _, head_dim = keys.shape
+    return runs_kernel(
+        keys, NAME, key_heads=batch * key_heads, nodes=nodes, columns=columns, head_dim=head_dim
+    )
 
 
 def _check(

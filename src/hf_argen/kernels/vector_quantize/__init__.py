@@ -35,7 +35,7 @@ def nearest_codes(vectors: torch.Tensor, codes: torch.Tensor, metric: str = "l2"
     """
     checks.shape(NAME, "vectors", vectors, None, None)
     _check(vectors, codes, metric)
-    if not runs_kernel(vectors):
+    if not _runs_here(vectors, len(vectors), codes):
         return reference.nearest_codes(vectors, codes, metric)
     return _nearest_operation(vectors.detach(), codes.detach(), metric, [])
 
@@ -57,9 +57,8 @@ def nearest_codes_of_scale(
     """
     checks.shape(NAME, "residual", residual, None, None, None, None)
     _check(residual, codes, metric)
-    if not runs_kernel(residual) or any(
-        own < other for own, other in zip(residual.shape[2:], size, strict=True)
-    ):
+    is_smaller = all(own >= other for own, other in zip(residual.shape[2:], size, strict=True))
+    if not (is_smaller and _runs_here(residual, len(residual) * size[0] * size[1], codes)):
         return reference.nearest_codes_of_scale(residual, codes, size, metric)
     ids = _nearest_operation(residual.detach(), codes.detach(), metric, list(size))
     return ids.view(len(residual), size[0] * size[1])
@@ -75,7 +74,7 @@ def vector_quantize(
     """
     checks.shape(NAME, "vectors", vectors, None, None)
     _check(vectors, codes, metric)
-    if not runs_kernel(vectors):
+    if not _runs_here(vectors, len(vectors), codes):
         return reference.vector_quantize(vectors, codes, metric)
     return _quantize_operation(vectors, codes.detach(), metric)
 
@@ -96,9 +95,14 @@ def sign_quantize(latents: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tens
         raise ValueError(
             f"{NAME}: latents have {latents.shape[1]} bits; it must be 1 to {MOST_BITS}, to be one number."
         )
-    if not runs_kernel(latents):
+    if not runs_kernel(latents, "sign_quantize"):
         return reference.sign_quantize(latents, scale)
     return _sign_operation(latents, scale)
+
+
+def _runs_here(vectors: torch.Tensor, rows: int, codes: torch.Tensor) -> bool:
+    size, channels = codes.shape
+    return runs_kernel(vectors, NAME, rows=rows, codes=size, channels=channels)
 
 
 def _check(vectors: torch.Tensor, codes: torch.Tensor, metric: str) -> None:

@@ -11,8 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...generation.cache import PreallocatedCache, TreeView
-from ...kernels.dispatch import runs_kernel
-from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.qk_norm_rope import qk_norm_rope, runs_here
 from ...kernels.tree_attention import tree_attention
 
 
@@ -107,7 +106,7 @@ class HeadedAttention(nn.Module):
         Args:
             preparation: what happens to queries and keys before: norm, scale and rotation, see `kernels.qk_norm_rope`.
         """
-        if isinstance(past_key_values, PreallocatedCache) and runs_kernel(query):
+        if isinstance(past_key_values, PreallocatedCache) and runs_here(query):
             layer = past_key_values.layers[self.layer_idx]
             query, _ = qk_norm_rope(query, key, value, slot=layer.claim(key, value), **preparation)
             key, value = layer.filled()
@@ -144,7 +143,7 @@ def fused_layer_norms(
     """
     weights = (query_norm.weight, key_norm.weight)
     is_here = all(one.device == query.device and not hasattr(one, "to_local") for one in weights)
-    if not runs_kernel(query) or torch.is_grad_enabled() or not is_here:
+    if not runs_here(query) or torch.is_grad_enabled() or not is_here:
         return {}
     return {
         "norm": "layer",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ...sampling import acceptance, bernoulli, categorical, one_hot, residual, runs_fused
+from ...sampling import acceptance, bernoulli, categorical, one_hot, residual
 from ...stored import Part
 from ..base import Guarantee
 from .draft_tree import DraftContext, DraftTree
@@ -66,7 +66,7 @@ class AcceptanceRule(Part, ABC):
             tree: the n drafts.
         """
         if not context.do_sample:
-            if runs_fused(scores) and can_verify(tree):
+            if can_verify(scores, tree):
                 return completed(*verified(greedy(scores), tree, context, is_greedy=True), tree)
             return matching(scores.argmax(dim=-1), tree)
         return self.sample(scores, tree, context)
@@ -141,7 +141,7 @@ class RejectionSampling(AcceptanceRule):
 
     def sample(self, scores: torch.Tensor, tree: DraftTree, context: DraftContext) -> Verdict:
         probs = scores.softmax(dim=-1)
-        if runs_fused(probs) and can_verify(tree):
+        if can_verify(probs, tree):
             return completed(*verified(probs, tree, context, is_greedy=False), tree)
         if tree.is_chain:
             return self._chain(probs, tree, context)

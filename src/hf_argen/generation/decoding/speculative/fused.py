@@ -3,14 +3,19 @@
 import torch
 import torch.nn.functional as F
 
-from ....kernels.verify_draft import verify_draft
-from ...sampling import exponential, one_hot, rand
+from ....kernels.verify_draft import runs_here, verify_draft
+from ...sampling import exponential, is_torch, one_hot, rand
 from .draft_tree import DraftContext, DraftTree
 
 
-def can_verify(tree: DraftTree) -> bool:
-    """Whether the kernel tries drafts in the order in which the rules do: the children of a node, one after another."""
-    return tree.size > 0 and tree.candidates is None
+def can_verify(probs: torch.Tensor, tree: DraftTree) -> bool:
+    """
+    Whether the kernel runs, and tries drafts in the order in which the rules do: the children of a node, one after another.
+
+    Args:
+        probs: (batch, n + 1, vocab_size), or scores.
+    """
+    return tree.size > 0 and tree.candidates is None and is_torch() and runs_here(probs)
 
 
 def verified(
