@@ -170,9 +170,9 @@ def begin_attention(model: LlamaGenForImageGeneration) -> None:
     normed = (
         CONSTANT / (((width - 1) * std**2 + CONSTANT**2) / width) ** 0.5
     )  # what the first norm makes of it
-    # The slowest of the rotary pairs of both axes hardly turn within a picture.
-    quarter = head_dim // 4
-    slow = [2 * pair for half in (0, quarter) for pair in range(half + quarter - 4, half + quarter)]
+    # The slowest quarter of the rotary pairs of each axis hardly turns within a picture.
+    pairs = head_dim // 4
+    slow = [2 * pair for end in (pairs, 2 * pairs) for pair in range(end - max(pairs // 4, 1), end)]
     away = (AWAY * head_dim**0.5 / (normed**2 * len(slow))) ** 0.5
     for layer in model.model.layers:
         query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
