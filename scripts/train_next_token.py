@@ -19,6 +19,7 @@ OUTPUT/emoji-FAMILY.
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,18 +251,24 @@ def train(
     model = build(tokenizer, processor)
     if family == "llamagen":
         begin_attention(model)
-    if options.text_encoder:
+    if options.start:
+        model.load_state_dict(AutoModelForImageGeneration.from_pretrained(options.start).state_dict())
+    elif options.text_encoder:
         trained = AutoModelForImageGeneration.from_pretrained(options.text_encoder)
         encoder_of(model).load_state_dict(encoder_of(trained).state_dict())
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
     model.generation_config.update(**SAMPLING)
     callbacks = []
-    if family == "rar":
+    if family == "rar" and options.start:
+        model.set_randomness_ratio(0.0)
+    elif family == "rar":
         steps = stage.epochs * (len(emoji) // stage.batch_size)
         callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
     folder = options.output / f"training-{family}"
     # A drafter reads what the model draws that it drafts for.
     corruption = None if family.endswith("drafter") else CORRUPTION
+    if options.corruption:
+        corruption = Corruption(*options.corruption)
     train_generator(model, processor, emoji, stage, options, folder, callbacks, corruption)
     return model, processor
 
@@ -269,14 +276,21 @@ def train(
 def main() -> None:
     options = parser(__doc__, Path("runs/emoji-next-token"))
     options.add_argument("family", choices=sorted(BUILDERS))
-    options.add_argument("--text-encoder", help="a trained model with whose text encoder this one begins")
+    add = options.add_argument
+    add("--start", help="a trained model of this family that is trained further, into another --output")
+    add("--learning-rate", type=float, help="of the second stage")
+    add("--corruption", type=float, nargs=2, help="largest share of random tokens, at first and in the end")
+    add("--text-encoder", help="a trained model with whose text encoder this one begins")
     options = options.parse_args()
     emoji = begin(options, f"sheets-{options.family}")
+    stage = lasting(STAGES[options.family], options.epochs)
+    if options.learning_rate:
+        stage = replace(stage, learning_rate=options.learning_rate)
     model, processor = train(
         options.family,
         emoji,
         lasting(TOKENIZER_STAGE, options.tokenizer_epochs),
-        lasting(STAGES[options.family], options.epochs),
+        stage,
         options,
     )
     folder = options.output / f"emoji-{options.family}"
