@@ -74,14 +74,17 @@ class Corruption:
     by their first tokens, hardly reads the caption, and does not find back from a token that it would not have drawn.
 
     Args:
-        most: largest share of random tokens of a picture; the share is drawn for each anew.
+        first, last: largest share of random tokens of a picture at the beginning and at the end, linear in between; the
+            share itself is drawn for each picture anew.
     """
 
-    most: float
+    first: float
+    last: float
 
-    def __call__(self, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Ids (batch, tokens) as they are read."""
-        share = self.most * torch.rand(len(ids), 1)
+    def __call__(self, ids: torch.Tensor, vocab_size: int, progress: float) -> torch.Tensor:
+        """Ids (batch, tokens) as they are read when a share `progress` of the training is done."""
+        most = self.first + (self.last - self.first) * progress
+        share = most * torch.rand(len(ids), 1)
         return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
@@ -324,7 +327,8 @@ def train_generator(
         batch = torch.stack([row[kind] for row in rows])
         read = batch
         if corruption is not None:
-            read = corruption(batch, tokenizer.config.codebook_size)
+            # By the epoch, which a resumed run knows before it reads its first batch.
+            read = corruption(batch, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
         return {kind: read, "labels": batch, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
