@@ -119,6 +119,18 @@ class ContinuousHead(nn.Module):
         Raises:
             ValueError: a value out of range, an odd number of rows with guidance, an unknown option.
         """
+        guidance = self.checked_guidance(hidden, guidance, temperature)
+        if unknown := options.keys() - self.sample_options():
+            raise ValueError(
+                f"A {self.head_type} head has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(sorted(self.sample_options())) or 'none'}."
+            )
+        return self.draw(hidden, guidance, temperature, generator, do_sample, **options)
+
+    def checked_guidance(
+        self, hidden: torch.Tensor, guidance: float | torch.Tensor | None, temperature: float
+    ) -> float | torch.Tensor | None:
+        """Refuses what `sample` does; guidance of several rows as (batch * n, 1)."""
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden has the shape {tuple(hidden.shape)}; this head takes (batch, n, {self.hidden_size})."
@@ -132,14 +144,9 @@ class ContinuousHead(nn.Module):
                 f"temperature is {temperature}; a {self.head_type} head needs a number above 0 (do_sample=False draws "
                 "nothing)."
             )
-        if unknown := options.keys() - self.sample_options():
-            raise ValueError(
-                f"A {self.head_type} head has no option {', '.join(sorted(unknown))}; it has "
-                f"{', '.join(sorted(self.sample_options())) or 'none'}."
-            )
         if isinstance(guidance, torch.Tensor):
-            guidance = guidance.repeat_interleave(hidden.shape[1]).unsqueeze(-1)
-        return self.draw(hidden, guidance, temperature, generator, do_sample, **options)
+            return guidance.repeat_interleave(hidden.shape[1]).unsqueeze(-1)
+        return guidance
 
     @classmethod
     def sample_options(cls) -> set[str]:
