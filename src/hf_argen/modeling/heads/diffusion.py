@@ -109,6 +109,11 @@ class DiffusionHead(ContinuousHead):
     def sample_options(cls) -> set[str]:
         return {"num_steps"}
 
+    @property
+    def sampling_steps(self) -> int:
+        """How many steps `num_sampling_steps` are."""
+        return len(respaced(self.num_sampling_steps))
+
     def check_num_steps(self, num_steps: int) -> None:
         respaced(num_steps)
 
