@@ -25,7 +25,7 @@ class ContinuousSpeculative(Masked):
     is replaced by a draw from the rest, in proportion to max(p - q, 0), by acceptance and rejection of ways of the model's own
     head, which p bounds. So tokens follow the model alone, drafter or not, but for two things. All noise of a head's steps is
     drawn, where `Masked` leaves that of the last step out: its deviation is about 0.006 times the temperature. And where
-    `max_trials` ways were refused, the next one is taken: this changes the distribution of a token by less than
+    `max_trials` ways were refused, the last one is taken: this changes the distribution of a token by less than
     1 / (2.7 max_trials) in total variation. Without sampling the model draws alone.
 
     The paper tests the last step alone (`tested_steps=1`), with a factor for the deviations of the others that would bias
@@ -68,7 +68,9 @@ class ContinuousSpeculative(Masked):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if not (isinstance(self.prefill, Real) and 0 <= self.prefill <= 1):
-            raise ValueError(f"prefill is {self.prefill!r}; it is a share of the steps and must lie in [0, 1].")
+            raise ValueError(
+                f"prefill is {self.prefill!r}; it is a share of the steps and must lie in [0, 1]."
+            )
         factor = self.acceptance_temperature
         if not (isinstance(factor, Real) and 1 <= factor < math.inf):
             raise ValueError(

@@ -140,7 +140,8 @@ class MaskedPredictor(Predictor):
         ahead = copy(self)
         before = positions[:, :-1]
         if self.model.config.causal:
-            ahead.commit(drafts.flatten(1, 2), before.flatten(1, 2), [sum(row) for row in zip(*counts)] or None)
+            numbers = [sum(step[row] for step in counts) for row in range(self.batch_size)]
+            ahead.commit(drafts.flatten(1, 2), before.flatten(1, 2), numbers)
             hidden = self._read(ahead._tokens, max(ahead.lengths))
             return self._at(hidden, positions.flatten(1)).unflatten(1, (steps, -1))
         ahead.fork(steps)
@@ -173,9 +174,7 @@ class MaskedPredictor(Predictor):
         new = tokens[:, max(start - 1, 0) : min(last, self.capacity - 1)]
         if self.is_guided:
             new = new.repeat(2, 1, 1)
-        hidden = self.model.model.next_states(
-            new, start, **self._conditions, past_key_values=self._cache
-        )
+        hidden = self.model.model.next_states(new, start, **self._conditions, past_key_values=self._cache)
         self._next = first + 1  # what a shorter row or a draft showed there does not count
         self.calls += 1
         return hidden[:, first - start :]
