@@ -4,7 +4,8 @@ drawn from words, several tokens at a time.
 
 First a KL autoencoder of 8x8 latents on the 1,391 rendered emoji, which all share; then a text-conditional MAR on its
 latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` start from the
-transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. A checkpoint is written every few minutes; a
+transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. `drafter` is a smaller transformer with a smaller
+diffusion head, to draft for that model. A checkpoint is written every few minutes; a
 run that was killed goes on from the last one when the same command is given again, and ends as it would have without the
 kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
 
@@ -83,7 +84,19 @@ HEADS: dict[str, dict[str, Any]] = {
     "shortcut": {"width": 256, "depth": 2, "num_sampling_steps": 4, "batch_multiplier": 4},
     "mixture": {"width": 192, "depth": 1, "num_heads": 4, "num_components": 4, "num_candidates": 100},
     "energy": {"width": 256, "depth": 2, "batch_multiplier": 2},
+    "drafter": {
+        "type": "diffusion",
+        "width": 128,
+        "depth": 2,
+        "num_sampling_steps": 50,
+        "batch_multiplier": 4,
+    },
 }
+DRAFTER = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+}  # of a drafter, whose head is smaller, too
 SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0}
 DECODING = {"type": "masked", "num_steps": 16}
 
@@ -114,7 +127,7 @@ def build_model(
         image_tokenizer_config=tokenizer.config,
         text_encoder_config=encoder,
         head_config={"type": head, **HEADS[head]},
-        **MAR,
+        **{**MAR, **(DRAFTER if head == "drafter" else {})},
     )
     model = MarForImageGeneration(config)
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
@@ -126,7 +139,7 @@ def build_model(
 def trained_transformer(output: Path, head: str) -> Path | None:
     """The folder of the model whose transformer a head starts from, if there is one."""
     folder = output / "emoji-mar-diffusion"
-    return folder if head != "diffusion" and (folder / "config.json").is_file() else None
+    return folder if head not in ("diffusion", "drafter") and (folder / "config.json").is_file() else None
 
 
 def model_card(head: str, yardstick: Yardstick, parameters: int) -> str:
@@ -138,7 +151,7 @@ pipeline_tag: text-to-image
 tags: [hf_argen, mar, emoji]
 ---
 
-# Emoji MAR with a {head} head
+# {"Small emoji MAR that drafts" if head == "drafter" else f"Emoji MAR with a {head} head"}
 
 Draws 64x64 pictures in the style of Noto Color Emoji from a few English words: masked autoregressive generation (MAR, arXiv
 2406.11838) of 8x8 continuous tokens, {parameters / 1e6:.1f} million parameters in all. It is made to measure heads and
