@@ -192,6 +192,7 @@ def test_orders():
     raster = list(range(16))
     assert order(Masked(order="raster")) == [raster, raster]
     given = raster[::-1]
+    assert order(Masked(order=np.stack([raster, given])[:, ::-1])) == [given, raster]
     assert order(Masked(order=given)) == [given, given]
     assert order(Masked(order=[given, raster])) == [given, raster]
     first, second = order(Masked())
@@ -446,6 +447,12 @@ def test_time_limit_ends_in_one_step():
         ({"num_steps": 17}, "num_steps is 17; this model has 16 tokens"),
         ({"schedule": "cubic"}, "schedule is 'cubic'; known are cosine"),
         ({"order": "spiral"}, "order is 'spiral'; known are random, raster"),
+        ({"order": 3}, "order is 3; give one of random, raster, confidence, numpy, or a permutation"),
+        (
+            {"order": [0.5] * 16},
+            "or a permutation of the positions, one for all pictures or a list of one for each",
+        ),
+        ({"order": [[0, 1], 2]}, "or a permutation of the positions"),
         ({"order": [0, 1, 2]}, "An order has 3 positions; it must be a permutation of 0 to 15"),
         ({"order": [0] * 16}, "must be a permutation of 0 to 15, each once"),
         ({"order": [list(range(16))] * 3}, "There are 3 orders for 2 pictures"),
