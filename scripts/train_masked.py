@@ -48,6 +48,7 @@ from hf_argen import (
 )
 from hf_argen.data.emoji import EmojiSet, to_uint8
 from hf_argen.processors.base import ImageGenerationProcessor
+from hf_argen.storage import write_whole
 
 TOKENIZER = {
     "latent_channels": 16,
@@ -137,9 +138,17 @@ def build_model(
 
 
 def trained_transformer(output: Path, head: str) -> Path | None:
-    """The folder of the model whose transformer a head starts from, if there is one."""
-    folder = output / "emoji-mar-diffusion"
-    return folder if head not in ("diffusion", "drafter") and (folder / "config.json").is_file() else None
+    """
+    The folder of the model whose transformer a head starts from, if there was one when its run began; that is written down,
+    so that a run that goes on does so as it began.
+    """
+    if head in ("diffusion", "drafter"):
+        return None
+    folder, record = output / "emoji-mar-diffusion", output / f"start-{head}.txt"
+    if not record.is_file():
+        found = folder.name if (folder / "config.json").is_file() else ""
+        write_whole(record, lambda path: path.write_text(found, encoding="utf-8"))
+    return folder if record.read_text(encoding="utf-8") else None
 
 
 def model_card(head: str, yardstick: Yardstick, parameters: int) -> str:

@@ -95,6 +95,17 @@ def test_a_killed_run_goes_on(script, emoji, options, tmp_path):
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
+def test_how_a_run_began_is_kept(script, tmp_path):
+    """A transformer that is there only later changes nothing; the model itself and its drafter start anew."""
+    assert script.trained_transformer(tmp_path, "flow") is None
+    (tmp_path / "emoji-mar-diffusion").mkdir()
+    (tmp_path / "emoji-mar-diffusion" / "config.json").touch()
+    assert script.trained_transformer(tmp_path, "flow") is None
+    assert script.trained_transformer(tmp_path, "energy") == tmp_path / "emoji-mar-diffusion"
+    assert script.trained_transformer(tmp_path, "diffusion") is None
+    assert script.trained_transformer(tmp_path, "drafter") is None
+
+
 def test_sizes(script):
     """The models of the script fit into 12 MB in bfloat16, and every head's options are those it has."""
     tokenizer, mar, text, heads = script.full_sizes

@@ -31,7 +31,7 @@ class ContinuousSpeculative(Masked):
     The paper tests the last step alone (`tested_steps=1`), with a factor for the deviations of the others that would bias
     it, which is left out here. Tokens of many channels then never pass; its authors' code therefore widens the
     normal distributions 42 times in the test (`acceptance_temperature=42`), after which nearly every draft passes and the
-    picture is the drafter's. More tested steps make drafts pass without that.
+    picture is the drafter's; and it keeps what was drafted after a token that failed. More tested steps make drafts pass without that.
 
     Args:
         drafter: the small model, its folder or its Hub repository; stored by name. Needed. It has the same tokens and
@@ -77,7 +77,7 @@ class ContinuousSpeculative(Masked):
                 f"acceptance_temperature is {factor!r}; it must be a number, 1 (the model's own distribution) or above."
             )
         if factor != 1:
-            self.guarantee, self.knob = Guarantee.RELAXED, "acceptance_temperature"  # type: ignore[misc]
+            self.guarantee, self.knob = Guarantee.RELAXED, "acceptance_temperature"
         check_give_up_below(self.give_up_below)
 
     @classmethod
@@ -164,7 +164,11 @@ def facts(model: Any, drafter: Any) -> dict[str, tuple[Any, Any]]:
         ("text embeddings of width", "text_embed_dim"),
     ):
         found[what] = getattr(model.config, name), getattr(drafter.config, name)
-    tokenizers = [one.config.image_tokenizer_config for one in (model, drafter)]
-    if all(tokenizer is not None for tokenizer in tokenizers):
-        found["a latent scale of"] = tuple(tokenizer.latent_scale for tokenizer in tokenizers)
+    for what, part, name in (
+        ("a latent scale of", "image_tokenizer_config", "latent_scale"),
+        ("a text encoder of so many tokens:", "text_encoder_config", "vocab_size"),
+    ):
+        parts = [getattr(one.config, part) for one in (model, drafter)]
+        if all(one is not None for one in parts):
+            found[what] = tuple(getattr(one, name) for one in parts)
     return found

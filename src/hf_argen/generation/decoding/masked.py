@@ -121,16 +121,27 @@ class Masked(Decoding):
         noise = self.randomize_temperature
         if noise is not None and not (isinstance(noise, Real) and 0 <= noise < math.inf):
             raise ValueError(f"randomize_temperature is {noise!r}; it must be a number, 0 or above.")
-        if isinstance(self.order, torch.Tensor):
-            self.order = self.order.tolist()
-        if isinstance(self.order, str) and self.order not in ORDERS:
+        if isinstance(self.order, str):
+            if self.order not in ORDERS:
+                raise ValueError(
+                    f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation."
+                )
+        else:
+            self.order = self.as_positions(self.order)
+
+    @staticmethod
+    def as_positions(order: Any) -> list:
+        """A permutation, or a list of them, from what users write: lists, tuples, tensors, arrays."""
+        try:
+            found = torch.as_tensor(order.tolist() if hasattr(order, "tolist") else list(order))
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.zeros(())
+        if found.ndim not in (1, 2) or found.is_floating_point() or found.dtype == torch.bool:
             raise ValueError(
-                f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation."
+                f"order is {order!r}; give one of {', '.join(ORDERS)}, or a permutation of the positions, one for all pictures "
+                "or a list of one for each."
             )
-        if not isinstance(self.order, str):
-            self.order = [
-                list(map(int, row)) if isinstance(row, list | tuple) else int(row) for row in self.order
-            ]
+        return found.tolist()
 
     # The loop
 
