@@ -109,7 +109,7 @@ TEXT_ENCODER = {
     "dropout_rate": 0.0,
 }
 DRAFTER_TEXT_ENCODER = {**TEXT_ENCODER, "d_model": 64, "d_kv": 16, "d_ff": 256}
-SAMPLING = {"do_sample": True, "guidance_scale": 1.5, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
+SAMPLING = {"do_sample": True, "guidance_scale": 2.0, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
 
 # Of `begin_attention`: first weights in those of transformers, the constant, and attention scores.
 FIRST_STD, CONSTANT, AWAY, PLACES = 2.5, 0.5, 7.0, 2.0
