@@ -8,11 +8,13 @@ that was killed goes on from the last one when the same command is given again, 
 kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
 
     python scripts/train_next_token.py rar --output runs/emoji-next-token
+    python scripts/train_next_token.py rar --start runs/emoji-next-token/emoji-rar --epochs 14 --learning-rate 2e-3 \
+        --corruption 0.7 0.3 --output runs/emoji-next-token-2
     python scripts/train_next_token.py llamagen --output runs/emoji-next-token \
         --text-encoder runs/emoji-next-token/emoji-rar
     python scripts/train_next_token.py llamagen-drafter --output runs/emoji-next-token
 
-The last is a small model that drafts for both. As in the paper, LlamaGen begins with a text encoder that knows its words:
+The second goes on with a model that was trained. The last is a small model that drafts for both. As in the paper, LlamaGen begins with a text encoder that knows its words:
 that of RAR, or of a checkpoint of its training. (RAR learns them from nothing, since the caption modulates all its layers.
 LlamaGen has to attend to it, and hardly begins to while it means nothing.) The results are the folders
 OUTPUT/emoji-FAMILY.
@@ -39,7 +41,7 @@ from emoji_training import (
     train_tokenizer,
 )
 from evaluate_emoji import Yardstick
-from transformers import PreTrainedModel, T5Config
+from transformers import AutoProcessor, PreTrainedModel, T5Config
 
 from hf_argen import (
     AutoModelForImageGeneration,
@@ -107,7 +109,7 @@ TEXT_ENCODER = {
     "dropout_rate": 0.0,
 }
 DRAFTER_TEXT_ENCODER = {**TEXT_ENCODER, "d_model": 64, "d_kv": 16, "d_ff": 256}
-SAMPLING = {"do_sample": True, "guidance_scale": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
+SAMPLING = {"do_sample": True, "guidance_scale": 2.0, "temperature": 0.7, "top_k": 0, "top_p": 0.95}
 
 # Of `begin_attention`: first weights in those of transformers, the constant, and attention scores.
 FIRST_STD, CONSTANT, AWAY, PLACES = 2.5, 0.5, 7.0, 2.0
@@ -236,6 +238,26 @@ Made by `scripts/train_next_token.py`, measured by `scripts/evaluate_emoji.py`.
 """
 
 
+def new_model(
+    family: str, emoji: EmojiSet, tokenizer_stage: Stage, options: argparse.Namespace
+) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
+    """A model before its training, on the trained tokenizer, which all families share."""
+    build, processor_class = BUILDERS[family]
+    tokenizer = train_tokenizer(build_tokenizer, emoji, tokenizer_stage, options, REVIVAL_PICTURES)
+    torch.manual_seed(options.seed)
+    processor = prompt_processor(emoji, options.output / f"processor-{family}", processor_class)
+    model = build(tokenizer, processor)
+    model.config.image_tokenizer_config.name_or_path = ""  # a folder of this machine
+    if family == "llamagen":
+        begin_attention(model)
+    if options.text_encoder:
+        trained = AutoModelForImageGeneration.from_pretrained(options.text_encoder)
+        encoder_of(model).load_state_dict(encoder_of(trained).state_dict())
+    model.image_tokenizer.load_state_dict(tokenizer.state_dict())
+    model.generation_config.update(**SAMPLING)
+    return model, processor
+
+
 def train(
     family: str,
     emoji: EmojiSet,
@@ -243,27 +265,18 @@ def train(
     stage: Stage,
     options: argparse.Namespace,
 ) -> tuple[PreTrainedModel, ImageGenerationProcessor]:
-    """All stages of a family; the tokenizer's is shared."""
-    build, processor_class = BUILDERS[family]
-    tokenizer = train_tokenizer(build_tokenizer, emoji, tokenizer_stage, options, REVIVAL_PICTURES)
-    torch.manual_seed(options.seed)
-    processor = prompt_processor(emoji, options.output / f"processor-{family}", processor_class)
-    model = build(tokenizer, processor)
-    if family == "llamagen":
-        begin_attention(model)
+    """All stages of a family, or a further one of a trained model."""
     if options.start:
-        model.load_state_dict(AutoModelForImageGeneration.from_pretrained(options.start).state_dict())
-    elif options.text_encoder:
-        trained = AutoModelForImageGeneration.from_pretrained(options.text_encoder)
-        encoder_of(model).load_state_dict(encoder_of(trained).state_dict())
-    model.image_tokenizer.load_state_dict(tokenizer.state_dict())
-    model.generation_config.update(**SAMPLING)
+        torch.manual_seed(options.seed)
+        model = AutoModelForImageGeneration.from_pretrained(options.start, dtype="float32")
+        processor = AutoProcessor.from_pretrained(options.start)
+    else:
+        model, processor = new_model(family, emoji, tokenizer_stage, options)
     callbacks = []
-    if family == "rar" and options.start:
-        model.set_randomness_ratio(0.0)
-    elif family == "rar":
+    if family == "rar":
         steps = stage.epochs * (len(emoji) // stage.batch_size)
-        callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in ANNEALING)))
+        order = (0.0, 0.0) if options.start else ANNEALING
+        callbacks.append(RandomnessAnnealing(*(int(share * steps) for share in order)))
     folder = options.output / f"training-{family}"
     # A drafter reads what the model draws that it drafts for.
     corruption = None if family.endswith("drafter") else CORRUPTION

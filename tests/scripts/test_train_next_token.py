@@ -38,7 +38,11 @@ def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, m
     monkeypatch.setattr(shared, "PROMPTS", shared.PROMPTS[:2])
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     options = argparse.Namespace(
-        output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0, text_encoder=None
+        **dict.fromkeys(("text_encoder", "start", "corruption")),
+        output=folder,
+        sheets=folder / "sheets",
+        seed=0,
+        save_minutes=60.0,
     )
     tokenizer = folder / "tokenizer" / "model.safetensors"
     before = tokenizer.stat().st_mtime_ns if tokenizer.is_file() else None
@@ -56,6 +60,17 @@ def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, m
     drawn = again.generate(**prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)])
     assert drawn.shape == (2, 256)
     assert again.generation_config.top_p == script.SAMPLING["top_p"]
+    if family == "rar":
+        assert str(folder) not in (folder / family / "config.json").read_text()
+        more = {"output": folder / "further", "start": folder / family, "corruption": (0.5, 0.1)}
+        options = argparse.Namespace(**vars(options) | more)
+        further, words = script.train(family, emoji, stages[0], replace(stages[1], epochs=1), options)
+        assert (
+            not (folder / "further" / "tokenizer").exists() and words(["red apple"]).keys() == prompts.keys()
+        )
+        assert further.randomness_ratio == 0.0
+        weights = (one.head.out_proj.weight.float() for one in (again, further))
+        assert 0 < torch.dist(*weights) < 1
 
 
 def test_a_first_head_looks_at_the_caption(script, emoji, tmp_path):
