@@ -104,7 +104,7 @@ class Speculation:
         self.head, self.drafting_head = request.model.head, drafting_model.head
         self.head_calls_before = self.drafting_head.calls
         self.head_steps: int = self.head.sampling_steps
-        self.tested = options.tested_steps or -(-self.head_steps // 2)
+        self.tested: int = options.tested_steps or self.head.telling_steps
         self.temperature = request.generation_config.temperature or 1.0
         self.num_steps = len(plan.known) - 1
         self.width = max(
