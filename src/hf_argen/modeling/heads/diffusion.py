@@ -23,7 +23,9 @@ class DiffusionHead(ContinuousHead):
     Args:
         token_size, hidden_size, batch_multiplier: see [`ContinuousHead`].
         width, depth: of the network.
-        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes.
+        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes. "ddimN" leaves out
+            the last training step, from which the way back multiplies errors by several hundred: take it for small heads and
+            short trainings.
     """
 
     head_type = "diffusion"
