@@ -123,8 +123,8 @@ class Speculation:
 
     @property
     def drafter_head_calls(self) -> int:
-        """Runs of the network of the drafter's head."""
-        return self.drafting_head.calls - self.head_calls_before
+        """Runs of the network of the drafter's head, where that is another one."""
+        return 0 if self.drafting_head is self.head else self.drafting_head.calls - self.head_calls_before
 
     def advance(self) -> None:
         """A round: drafts several steps, tests them in one call of the model, commits what it made of them."""
