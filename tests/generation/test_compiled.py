@@ -159,23 +159,25 @@ def one_process():
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
-    "make, options",
+    "make, decoding, options",
     [
-        (small_var, {"do_sample": False}),
-        (shallow_llamagen, {"do_sample": False, "max_new_tokens": 8}),
+        (small_var, lambda: None, {"do_sample": False}),
+        (shallow_llamagen, lambda: None, {"do_sample": False, "max_new_tokens": 8}),
+        (shallow_llamagen, chain_of_a_draft_model, {"do_sample": False, "max_new_tokens": 8}),
         (
             lambda: tiny_mar(**SHALLOW, decoder_num_hidden_layers=1),
-            {"decoding": Masked(num_steps=1)},
+            lambda: Masked(num_steps=1),
+            {},
         ),
     ],
-    ids=["var", "llamagen", "mar"],
+    ids=["var", "llamagen", "drafter", "mar"],
 )
-def test_inductor(make, options):
+def test_inductor(make, decoding, options):
     """The tokens of eager decoding, in float32."""
-    model = make()
-    expected = draw(model, guidance_scale=2.0, **options)
-    found = draw(model, guidance_scale=2.0, **options, compile_config=CompileConfig())
-    assert_same(found, expected)
+    model, decoding = make(), decoding()
+    options = {"guidance_scale": 2.0, "decoding": decoding, **options}
+    expected = draw(model, **options)
+    assert_same(draw(model, **options, compile_config=CompileConfig()), expected)
     assert graphs(model) == 1
 
 
