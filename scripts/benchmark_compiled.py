@@ -52,10 +52,14 @@ def request(name: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     from hf_argen import Masked, SpeculativeDecoding
 
     if name == "var":
-        return {"guidance_scale": 4.0, "do_sample": True, "top_k": 900, "top_p": 0.96}
+        return {"guidance_scale": benchmark_var.GUIDANCE, "do_sample": True, **benchmark_var.SAMPLING}
     if name == "mar":
-        return {"guidance_scale": 2.9, "decoding": Masked(num_steps=options.steps)}
-    own = {"guidance_scale": 4.0, "do_sample": True, "top_k": 2000}
+        return {"guidance_scale": benchmark_mar.GUIDANCE, "decoding": Masked(num_steps=options.steps)}
+    own = {
+        "guidance_scale": benchmark_llamagen.GUIDANCE,
+        "do_sample": True,
+        "top_k": benchmark_llamagen.TOP_K,
+    }
     if name == "llamagen":
         return own
     drafter = load("llamagen", options, max(options.layers // 4, 1), folder)

@@ -26,6 +26,7 @@ from typing import Any
 
 BFLOAT16 = 2
 FLOAT32 = 4
+DEVICE = "cuda"
 REACH = 2  # a measured shape speaks for sizes from its half to its double
 EQUAL = 1.05  # times this far apart count as equal
 REFERENCES = {"plain": "reference", "compiled": "compiled reference"}  # by the kind of code
@@ -122,7 +123,7 @@ def adaln_shape(label: str, batch: int, tokens: int, hidden: int, per_token: boo
         from hf_argen.kernels.adaln import adaln
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
         gate, scale, shift = random(batch, tokens if per_token else 1, 3, hidden).unbind(2)
         states, update = random(2, batch, tokens, hidden)
@@ -144,10 +145,10 @@ def qk_shape(
 
         from hf_argen.kernels.qk_norm_rope import Rotation, Slot, qk_norm_rope
 
-        states = torch.randn(3, batch, n, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        states = torch.randn(3, batch, n, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
         query, key, value = states.transpose(2, 3).unbind()
-        keys, cached = torch.zeros(2, batch, heads, 1024 + n, head_dim, device="cuda", dtype=torch.bfloat16)
-        angles = torch.randn(1, n, head_dim // 2, device="cuda")
+        keys, cached = torch.zeros(2, batch, heads, 1024 + n, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        angles = torch.randn(1, n, head_dim // 2, device=DEVICE)
         rotation = Rotation.of(angles.cos(), angles.sin()) if turned else None
         slot = Slot(keys, cached, None, 1024)
         return in_both(qk_norm_rope, query, key, value, norm=norm, rotation=rotation, slot=slot)
@@ -166,7 +167,7 @@ def sample_shape(label: str, rows: int, vocab: int, guided: bool) -> Shape:
 
         from hf_argen.kernels.sample_logits import sample_logits
 
-        logits = torch.randn(inputs, rows, vocab, device="cuda") * 4
+        logits = torch.randn(inputs, rows, vocab, device=DEVICE) * 4
         noise = torch.empty_like(logits[0]).exponential_()
         other = {"unconditional": logits[1], "guidance": 3.0} if guided else {}
         ways = in_both(
@@ -199,22 +200,22 @@ def attention_shape(
         from hf_argen.kernels.tree_attention import pack, tree_attention
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
         query, (keys, values) = (
             random(batch, heads, n, head_dim),
             random(2, batch, key_heads, past + n, head_dim),
         )
-        seen = torch.ones(n, n, dtype=torch.bool, device="cuda")
+        seen = torch.ones(n, n, dtype=torch.bool, device=DEVICE)
         seen = seen if block else seen.tril()
-        starts = torch.full((batch,), past, device="cuda")
+        starts = torch.full((batch,), past, device=DEVICE)
         ways = in_both(tree_attention, query, keys, values, starts, pack(seen[None]), n)
         mask = torch.cat([seen.new_ones(n, past), seen], dim=1)
-        additive = torch.zeros(mask.shape, device="cuda", dtype=torch.bfloat16).masked_fill(~mask, -1e30)[
+        additive = torch.zeros(mask.shape, device=DEVICE, dtype=torch.bfloat16).masked_fill(~mask, -1e30)[
             None, None
         ]
         ways["sdpa"] = lambda: F.scaled_dot_product_attention(query, keys, values, additive, enable_gqa=True)
-        return {**ways, "FlexAttention": flex(query, keys, values, mask)}
+        return {**ways, "FlexAttention": flex(query, keys, values, mask), **flash(query, keys, values, block)}
 
     flops = 4 * batch * heads * n * (past + n) * head_dim
     sizes = {"key_heads": batch * key_heads, "nodes": n, "columns": past + n, "head_dim": head_dim}
@@ -230,9 +231,19 @@ def flex(query: Any, keys: Any, values: Any, mask: Any) -> Callable[[], Any]:
     def visible(batch: Any, head: Any, node: Any, column: Any) -> Any:
         return mask[node, column]
 
-    blocks = create_block_mask(visible, None, None, *mask.shape, device="cuda")
+    blocks = create_block_mask(visible, None, None, *mask.shape, device=DEVICE)
     compiled = torch.compile(flex_attention)
     return lambda: compiled(query, keys, values, block_mask=blocks, enable_gqa=True)
+
+
+def flash(query: Any, keys: Any, values: Any, block: bool) -> dict[str, Callable[[], Any]]:
+    """The same by flash-attn, where it is installed; nodes see all columns, or those up to their own."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return {}
+    query, keys, values = (one.transpose(1, 2).contiguous() for one in (query, keys, values))
+    return {"flash-attn": lambda: flash_attn_func(query, keys, values, causal=not block).transpose(1, 2)}
 
 
 def quantize_shape(label: str, count: int, size: int, channels: int) -> Shape:
@@ -243,8 +254,8 @@ def quantize_shape(label: str, count: int, size: int, channels: int) -> Shape:
 
         from hf_argen.kernels.vector_quantize import nearest_codes
 
-        vectors = torch.randn(count, channels, device="cuda")
-        codes = torch.randn(size, channels, device="cuda")
+        vectors = torch.randn(count, channels, device=DEVICE)
+        codes = torch.randn(size, channels, device=DEVICE)
         return in_both(nearest_codes, vectors, codes)
 
     moved = (count + size) * channels * FLOAT32 + count * 8
@@ -262,10 +273,10 @@ def verify_shape(label: str, batch: int, n: int, vocab: int) -> Shape:
 
         from hf_argen.kernels.verify_draft import verify_draft
 
-        probs = torch.randn(2, batch, n + 1, vocab, device="cuda").softmax(dim=-1)
-        tokens = torch.randint(vocab, (batch, n), device="cuda")
-        noise = torch.empty(batch, vocab, device="cuda").exponential_()
-        uniform = torch.rand(batch, n, device="cuda")
+        probs = torch.randn(2, batch, n + 1, vocab, device=DEVICE).softmax(dim=-1)
+        tokens = torch.randint(vocab, (batch, n), device=DEVICE)
+        noise = torch.empty(batch, vocab, device=DEVICE).exponential_()
+        uniform = torch.rand(batch, n, device=DEVICE)
         return in_both(verify_draft, probs[0], tokens, probs[1, :, :n], uniform, noise)
 
     sizes = {"rows": batch, "nodes": n, "vocab": vocab}
@@ -358,7 +369,7 @@ def print_times(rounds: int) -> list[Measured]:
     import torch
     from triton.testing import do_bench
 
-    memory = torch.empty(2**28, device="cuda")
+    memory = torch.empty(2**28, device=DEVICE)
     bandwidth = 2 * memory.nbytes / (1e-3 * do_bench(memory.clone, return_mode="median"))
     print(f"\n{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s\n")
     row("operation", "shape", "way", "µs", "of the kernel", "of the copy bandwidth")

@@ -16,6 +16,7 @@ from transformers import CompileConfig, GenerationConfig
 import hf_argen
 from hf_argen import (
     DraftModel,
+    LlamaGenForImageGeneration,
     Masked,
     SpeculativeDecoding,
     StaticTree,
@@ -35,26 +36,37 @@ from ..helpers.tiny import (
 )
 
 EAGER = CompileConfig(backend="eager")
+SHALLOW = {"num_hidden_layers": 1}  # Dynamo follows every layer
+
+
+def small_var() -> VarForImageGeneration:
+    """Of one layer and two scales: one graph."""
+    return tiny_var(**SHALLOW, image_tokenizer_config=tokenizer_config(patch_nums=[1, 4]))
+
+
+def shallow_llamagen() -> LlamaGenForImageGeneration:
+    return tiny_llamagen(**SHALLOW)
 
 
 def tree_of_a_draft_model() -> SpeculativeDecoding:
-    drafter = tiny_llamagen(num_hidden_layers=1)
-    return SpeculativeDecoding(DraftModel(drafter), tree=StaticTree([[0], [1], [0, 0]], draw=False))
+    return SpeculativeDecoding(
+        DraftModel(shallow_llamagen()), tree=StaticTree([[0], [1], [0, 0]], draw=False)
+    )
 
 
 def chain_of_a_draft_model() -> SpeculativeDecoding:
-    return SpeculativeDecoding(DraftModel(tiny_llamagen(num_hidden_layers=1)))
+    return SpeculativeDecoding(DraftModel(shallow_llamagen()))
 
 
 # Name: the model, its decoding, and how many graphs a request takes of the model and of its drafter.
 REQUESTS = {
     "next scale": (tiny_var, lambda: None, (2, 0)),
     "next token": (tiny_llamagen, lambda: None, (1, 0)),
-    "next token, rar": (tiny_rar, lambda: None, (1, 0)),
-    "masked": (tiny_mar, lambda: Masked(num_steps=3), (3, 0)),
-    "n-grams draft": (tiny_llamagen, SpeculativeDecoding, (1, 0)),
-    "a model drafts a chain": (tiny_llamagen, chain_of_a_draft_model, (1, 2)),
-    "a model drafts a tree": (tiny_llamagen, tree_of_a_draft_model, (1, 2)),
+    "next token, rar": (lambda: tiny_rar(**SHALLOW), lambda: None, (1, 0)),
+    "masked": (lambda: tiny_mar(**SHALLOW, decoder_num_hidden_layers=1), lambda: Masked(num_steps=3), (3, 0)),
+    "n-grams draft": (shallow_llamagen, SpeculativeDecoding, (1, 0)),
+    "a model drafts a chain": (shallow_llamagen, chain_of_a_draft_model, (1, 2)),
+    "a model drafts a tree": (shallow_llamagen, tree_of_a_draft_model, (1, 2)),
 }
 
 
@@ -101,11 +113,13 @@ def test_like_eager_and_compiled_once(name):
 def test_without_guidance_and_from_a_caption():
     """Other shapes have other graphs, beside those that are there."""
     torch.manual_seed(0)
-    model = tiny_var()
+    model = small_var()
     for labels in ((1,), (1, 2), (1,)):
         assert torch.equal(draw(model, labels, compile_config=EAGER), draw(model, labels))
-    assert graphs(model) == 4
-    text = spread(VarForImageGeneration(text_var_config(30)))
+    assert graphs(model) == 2
+    config = text_var_config(30)
+    config.num_hidden_layers = 1
+    text = spread(VarForImageGeneration(config))
     embeds = torch.randn(1, text.config.text_embed_dim)
     expected = text.generate(prompt_embeds=embeds, guidance_scale=1.5, do_sample=False)
     options = {"guidance_scale": 1.5, "do_sample": False, "compile_config": EAGER}
@@ -115,7 +129,7 @@ def test_without_guidance_and_from_a_caption():
 def test_padded_captions_of_llamagen():
     """What hides padding is an input of the graph."""
     sizes = {"condition_type": "text", "text_embed_dim": 12, "max_prompt_tokens": 4}
-    model = tiny_llamagen(**sizes)
+    model = tiny_llamagen(**sizes, **SHALLOW)
     embeds = torch.randn(2, 4, 12)
     mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     inputs = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "do_sample": False}
@@ -124,7 +138,7 @@ def test_padded_captions_of_llamagen():
 
 
 def test_parts_of_a_picture_are_kept():
-    model = tiny_var()
+    model = tiny_var(**SHALLOW)
     source = torch.randint(16, (1, 21))
     inputs = {"input_ids": source, "keep_mask": torch.tensor([[1.0, 0, 0, 1]] * 4), "do_sample": False}
     expected = model.generate([1], **inputs, return_dict_in_generate=True)
@@ -143,29 +157,27 @@ def one_process():
         yield
 
 
-def small_var():
-    return tiny_var(num_hidden_layers=1, image_tokenizer_config=tokenizer_config(patch_nums=[1, 4]))
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
-    "make, options",
+    "make, decoding, options",
     [
-        (small_var, {"do_sample": False}),
-        (lambda: tiny_llamagen(num_hidden_layers=1), {"do_sample": False, "max_new_tokens": 8}),
+        (small_var, lambda: None, {"do_sample": False}),
+        (shallow_llamagen, lambda: None, {"do_sample": False, "max_new_tokens": 8}),
+        (shallow_llamagen, chain_of_a_draft_model, {"do_sample": False, "max_new_tokens": 8}),
         (
-            lambda: tiny_mar(num_hidden_layers=1, decoder_num_hidden_layers=1),
-            {"decoding": Masked(num_steps=1)},
+            lambda: tiny_mar(**SHALLOW, decoder_num_hidden_layers=1),
+            lambda: Masked(num_steps=1),
+            {},
         ),
     ],
-    ids=["var", "llamagen", "mar"],
+    ids=["var", "llamagen", "drafter", "mar"],
 )
-def test_inductor(make, options):
+def test_inductor(make, decoding, options):
     """The tokens of eager decoding, in float32."""
-    model = make()
-    expected = draw(model, guidance_scale=2.0, **options)
-    found = draw(model, guidance_scale=2.0, **options, compile_config=CompileConfig())
-    assert_same(found, expected)
+    model, decoding = make(), decoding()
+    options = {"guidance_scale": 2.0, "decoding": decoding, **options}
+    expected = draw(model, **options)
+    assert_same(draw(model, **options, compile_config=CompileConfig()), expected)
     assert graphs(model) == 1
 
 
@@ -174,21 +186,21 @@ def test_inductor(make, options):
 
 def test_configurations():
     """From `generation_config`, of the call or the model; `disable_compile` wins; another configuration compiles anew."""
-    model = tiny_var()
+    model = small_var()
     expected = draw(model)
     given = GenerationConfig(compile_config=CompileConfig(backend="eager"))
-    assert torch.equal(draw(model, generation_config=given), expected) and graphs(model) == 2
+    assert torch.equal(draw(model, generation_config=given), expected) and graphs(model) == 1
     draw(model, compile_config=EAGER, disable_compile=True, num_return_sequences=2)
-    assert graphs(model) == 2
+    assert graphs(model) == 1
     model.generation_config.compile_config = CompileConfig(backend="aot_eager")
-    assert torch.equal(draw(model), expected) and graphs(model) == 4
+    assert torch.equal(draw(model), expected) and graphs(model) == 2
     with torch.compiler.set_stance("fail_on_recompile"):
         draw(model)
 
 
 def test_copies_compile_for_themselves():
     """Graphs are of the weights of one model; a copy, and what is loaded from a file, have none."""
-    model = tiny_var()
+    model = small_var()
     draw(model, compile_config=EAGER)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert graphs(other) == 0
@@ -199,7 +211,7 @@ def test_copies_compile_for_themselves():
 
 
 def test_trained_weights_are_seen():
-    model = tiny_llamagen()
+    model = shallow_llamagen()
     before = draw(model, do_sample=False, compile_config=EAGER)
     spread(model)
     expected = draw(model, do_sample=False)

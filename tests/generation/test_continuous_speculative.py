@@ -308,10 +308,11 @@ def decoding_for(seed=4, **changes):
 def test_a_perfect_drafter():
     """Drafted by itself all drafts pass, and the model is called once for several steps."""
     model = small(3)
-    decoding = decoding_for(drafter=model, prefill=0.25)
+    decoding, before = decoding_for(drafter=model, prefill=0.25), model.head.calls
     output = model.generate([1, 2], decoding=decoding, generator=torch.Generator().manual_seed(0), **OPTIONS)
     assert output.accept_lengths.tolist() == [[4, 4, 4]] * 2
     assert output.steps == 4 + 3 and output.forward_calls == 4 + 3 + 3 * 3
+    assert output.head_calls == model.head.calls - before
     assert output.orders.sort(dim=1).values.tolist() == [list(range(16))] * 2
 
 

@@ -12,6 +12,7 @@ PROGRAM = """
 import transformers.utils, transformers.utils.import_utils
 for module in (transformers.utils, transformers.utils.import_utils):
     module.is_kernels_available = lambda *arguments, **keywords: True
+import tempfile
 import torch
 from tests.helpers.tiny import tiny_llamagen, tiny_rar, tiny_var
 
@@ -19,7 +20,9 @@ labels = torch.tensor([1, 3])
 for make in (tiny_var, tiny_llamagen, tiny_rar):
     model = make()
     before = model.generate(labels, guidance_scale=2.0, do_sample=False)
-    model.set_use_kernels(True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder, use_kernels=True)
     assert model.use_kernels
     print(torch.equal(model.generate(labels, guidance_scale=2.0, do_sample=False), before))
 """

@@ -44,6 +44,11 @@ def longer_than_registers():
     return {"logits": logits, "noise": noise(2, 16_411), "top_k": 300, "top_p": 0.9, "return_probs": True}
 
 
+def largest():
+    """The vocabulary of a large language model."""
+    return {"logits": torch.randn(1, 262_144) * 3, "noise": noise(1, 262_144), "top_k": 2000}
+
+
 def equal_scores():
     """Ties at both bounds, the two zeros included, are kept together."""
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0], [0.0, -0.0, -1.0, 0.0, -2.0]])
@@ -80,6 +85,7 @@ CASES = (
     rows_with_own_options,
     smallest,
     longer_than_registers,
+    largest,
     equal_scores,
     best_tokens,
     no_rows,

@@ -10,7 +10,7 @@ from hf_argen.kernels import use
 from hf_argen.kernels.tree_attention import pack, tree_attention
 from hf_argen.kernels.tree_attention.reference import unpack
 
-from .kernel_base import KernelTests, refuses
+from .kernel_base import KernelTests, Recorder, refuses
 
 
 def ancestors_of(parents: list[list[int]], n: int) -> torch.Tensor:
@@ -72,6 +72,20 @@ def scale():
     }
 
 
+def most_nodes():
+    """As many nodes as one call may have, in a chain."""
+    seen = torch.ones(1, 256, 256, dtype=torch.bool).tril()
+    keys, values = torch.randn(2, 1, 1, 256, 16)
+    return {
+        "query": torch.randn(1, 1, 256, 16),
+        "keys": keys,
+        "values": values,
+        "starts": torch.zeros(1).long(),
+        "ancestors": pack(seen),
+        "nodes": 256,
+    }
+
+
 def sees_nothing():
     """A row without committed places whose first node does not even see itself."""
     seen = torch.eye(2, dtype=torch.bool)[None].clone()
@@ -89,7 +103,7 @@ def sees_nothing():
 
 class TestTreeAttention(KernelTests):
     function = staticmethod(tree_attention)
-    cases = {case.__name__: case for case in (tree, one_token, scale, sees_nothing)}
+    cases = {case.__name__: case for case in (tree, one_token, scale, most_nodes, sees_nothing)}
 
     def test_bits(self):
         bits = torch.rand(2, 3, 75) < 0.5
@@ -97,6 +111,22 @@ class TestTreeAttention(KernelTests):
         packed = pack(bits)
         assert packed.shape == (2, 3, 3) and packed.dtype == torch.int32
         assert torch.equal(unpack(packed, 75), bits)
+
+    @pytest.mark.parametrize("n, head_dim", [(257, 2), (1, 257)])
+    def test_more_takes_the_reference(self, n, head_dim):
+        inputs = {
+            "query": torch.randn(1, 1, n, head_dim),
+            "keys": torch.randn(1, 1, n, head_dim),
+            "values": torch.randn(1, 1, n, head_dim),
+            "starts": torch.zeros(1).long(),
+            "ancestors": pack(torch.ones(1, n, n, dtype=torch.bool)),
+            "nodes": n,
+        }
+        with use("triton"), Recorder() as recorder:
+            found = tree_attention(**inputs)
+        assert not recorder.calls
+        expected = F.scaled_dot_product_attention(*(inputs[name] for name in ("query", "keys", "values")))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("mode", ["reference", "triton"])
     def test_agrees_with_the_masks_of_the_predictors(self, mode):

@@ -243,6 +243,37 @@ def test_number_of_steps_of_one_call():
     assert torch.equal(nothing, head.sample(hidden, do_sample=False))
 
 
+@torch.no_grad()
+def test_steps_with_a_stride():
+    """Another number of them has a stride, too, and leaves out the last training step as they do."""
+    head, hidden = small_head(num_sampling_steps="ddim25"), torch.randn(1, 2, 6)
+    same = small_head(num_sampling_steps="ddim10")
+    drawn, expected = (
+        one.sample(hidden, num_steps=steps, generator=torch.Generator().manual_seed(0))
+        for one, steps in ((head, 10), (same, None))
+    )
+    assert torch.equal(drawn, expected) and head.calls == 10
+    assert [head.nearest_num_steps(count) for count in (1000, 499, 50, 49, 5, 2, 1)] == [
+        1000,
+        334,
+        50,
+        48,
+        5,
+        2,
+        1,
+    ]
+    for count in (1, 2, 48, 334):
+        head.check_num_steps(count)
+    with pytest.raises(ValueError, match="'ddim49'; no whole-number stride gives so many steps"):
+        head.check_num_steps(49)
+    with pytest.raises(ValueError, match="'ddim2000'; no whole-number stride"):
+        head.check_num_steps(head.nearest_num_steps(2000))
+    assert (head.sampling_steps, head.telling_steps) == (25, 25)
+    plain = small_head(num_sampling_steps="25")
+    assert (plain.sampling_steps, plain.telling_steps) == (25, 13)
+    assert plain.nearest_num_steps(49) == 49
+
+
 def test_respacing():
     assert respaced(1000) == list(range(1000))
     assert respaced("ddim25") == list(range(0, 1000, 40))

@@ -1,12 +1,16 @@
 """What the benchmark of kernels says without a GPU."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hf_argen.kernels import OPERATIONS
 from hf_argen.kernels.bounds import PATH, SIZES, holds
+from hf_argen.kernels.dispatch import HAS_TRITON
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,47 @@ def test_table(script, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(script.SHAPES)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def flash_attn_func(query, keys, values, causal):
+    """As flash-attn has it: (batch, length, heads, head_dim), the last query sees the last key."""
+    rows, columns = query.shape[1], keys.shape[1]
+    seen = torch.ones(rows, columns, dtype=torch.bool)
+    query, keys, values = (one.transpose(1, 2) for one in (query, keys, values))
+    mask = seen.tril(columns - rows) if causal else seen
+    return F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.skipif(not HAS_TRITON, reason="kernels need Triton")
+@pytest.mark.parametrize(
+    "name, arguments, others",
+    [
+        ("adaln", ("", 2, 3, 16, True), []),
+        ("qk", ("", 1, 2, 3, 16, "l2", True), []),
+        ("sample", ("", 2, 50, True), []),
+        ("attention", ("", 1, 4, 2, 3, 9, 16, True), ["sdpa", "FlexAttention", "flash-attn"]),
+        ("attention", ("", 1, 4, 2, 3, 9, 16, False), ["sdpa", "FlexAttention", "flash-attn"]),
+        ("quantize", ("", 5, 20, 8), []),
+        ("verify", ("", 2, 3, 20), []),
+    ],
+)
+def test_all_ways_compute_the_same(script, monkeypatch, name, arguments, others):
+    """What is timed on a GPU, at small sizes under the interpreter."""
+    monkeypatch.setattr(script, "DEVICE", "cpu")
+    plain = torch.compile  # FlexAttention asks for the back end "eager" itself
+    monkeypatch.setattr(torch, "compile", lambda one, **options: plain(one, **options) if options else one)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    ways = getattr(script, f"{name}_shape")(*arguments).make()
+    assert list(ways) == ["kernel", *script.REFERENCES.values(), *others]
+    expected = ways["reference"]()
+    for way in ways.values():
+        found = way()
+        one, other = (found, expected) if isinstance(expected, tuple) else ((found,), (expected,))
+        for got, wanted in zip(one, other, strict=True):
+            if wanted is not None:
+                torch.testing.assert_close(got.float(), wanted.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture

@@ -1,27 +1,37 @@
 """The benchmarks of speed, at the smallest size that their models allow, without the authors' code."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hf_argen.generation import compilation
+
+from ..helpers.tiny import tiny_llamagen, tiny_mar, tiny_var
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ("benchmarking", "benchmark_var", "benchmark_llamagen", "benchmark_mar")
+NAMES = ("benchmarking", "benchmark_var", "benchmark_llamagen", "benchmark_mar", "benchmark_compiled")
 
 
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(SCRIPTS))
     try:
+        import benchmark_compiled
         import benchmark_llamagen
         import benchmark_mar
         import benchmark_var
         import benchmarking
 
         yield SimpleNamespace(
-            common=benchmarking, var=benchmark_var, llamagen=benchmark_llamagen, mar=benchmark_mar
+            common=benchmarking,
+            var=benchmark_var,
+            llamagen=benchmark_llamagen,
+            mar=benchmark_mar,
+            compiled=benchmark_compiled,
         )
     finally:
         sys.path.remove(str(SCRIPTS))
@@ -98,6 +108,27 @@ def test_mar(scripts, monkeypatch, capfd, tmp_path):
     (timed,) = cells(capfd.readouterr().out, "ours, float32")
     total, *parts = map(number, [timed[1], *timed[3:7]])
     assert timed[2] == "1.00" and abs(sum(parts) - total) < 0.03 and min(parts[:3]) > 0
+
+
+def test_compiled(scripts, monkeypatch, capfd):
+    """Every family, of models smaller than theirs; each step is compiled once."""
+    made = {"var": tiny_var, "llamagen": tiny_llamagen, "mar": tiny_mar}
+    for name, make in made.items():
+        prepare = lambda shape, folder, make=make: make(num_hidden_layers=1).save_pretrained(folder)  # noqa: E731
+        monkeypatch.setattr(getattr(scripts, name), "prepare", prepare)
+    monkeypatch.setitem(scripts.var.SAMPLING, "top_k", 8)
+    monkeypatch.setattr(scripts.llamagen, "TOP_K", 8)
+    steps = []
+    monkeypatch.setattr(compilation, "with_own_code", lambda step: steps.append(step.__name__) or step)
+    tiny(scripts, monkeypatch, "compiled", "--layers", "1", "--steps", "2", "--backend", "eager")
+    printed = capfd.readouterr().out
+    eager, compiled = cells(printed, "1")[::2], cells(printed, "1")[1::2]
+    assert [one[1:4:2] for one in eager] == [["eager", "1.00"]] * 4
+    assert all(one[1] == "compiled" and number(one[2]) > 0 and number(one[3]) > 0 for one in compiled)
+    assert all(len(one) == 4 for one in eager) and all(one[4].endswith(" s") for one in compiled)
+    # Two scales behind the first; two sets of tokens; a model that drafts feeds one token, or two.
+    expected = {"scale_step": 2, "masked_step": 2, "token_step": 1 + 1 + 2}
+    assert Counter(steps) == expected
 
 
 def test_operations_are_counted_by_part_and_kind(scripts):

@@ -104,7 +104,7 @@ class Speculation:
         self.head, self.drafting_head = request.model.head, drafting_model.head
         self.head_calls_before = self.drafting_head.calls
         self.head_steps: int = self.head.sampling_steps
-        self.tested = options.tested_steps or -(-self.head_steps // 2)
+        self.tested: int = options.tested_steps or self.head.telling_steps
         self.temperature = request.generation_config.temperature or 1.0
         self.num_steps = len(plan.known) - 1
         self.width = max(
@@ -123,8 +123,8 @@ class Speculation:
 
     @property
     def drafter_head_calls(self) -> int:
-        """Runs of the network of the drafter's head."""
-        return self.drafting_head.calls - self.head_calls_before
+        """Runs of the network of the drafter's head, where that is another one."""
+        return 0 if self.drafting_head is self.head else self.drafting_head.calls - self.head_calls_before
 
     def advance(self) -> None:
         """A round: drafts several steps, tests them in one call of the model, commits what it made of them."""

@@ -38,7 +38,8 @@ class ContinuousSpeculative(Masked):
             conditions, and a diffusion head.
         draft_length: steps that it draws before the model reads them. Steps of one token each pass most often.
         prefill: share of the steps, from the first on, that the model draws alone, since early drafts seldom pass.
-        tested_steps: steps of the head at its end whose densities decide; default: half of them. The noise of those before is
+        tested_steps: steps of the head at its end whose densities decide; default: all, or half of them where the first one,
+            at the end of the training process, multiplies errors ("ddimN" leaves it out). The noise of those before is
             shared, and lets both heads arrive at nearly the same place.
         acceptance_temperature: 1 keeps the distribution. Above it drafts pass more often, with min(1, p / q) to the power of
             one over its square, and pictures become the drafter's.

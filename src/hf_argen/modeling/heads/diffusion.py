@@ -23,7 +23,9 @@ class DiffusionHead(ContinuousHead):
     Args:
         token_size, hidden_size, batch_multiplier: see [`ContinuousHead`].
         width, depth: of the network.
-        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes.
+        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes. "ddimN" leaves out
+            the last training step, from which the way back multiplies errors by several hundred: take it for small heads and
+            short trainings.
     """
 
     head_type = "diffusion"
@@ -114,8 +116,30 @@ class DiffusionHead(ContinuousHead):
         """How many steps `num_sampling_steps` are."""
         return len(respaced(self.num_sampling_steps))
 
+    @property
+    def telling_steps(self) -> int:
+        """
+        How many of its last steps tell by their densities whether two heads lead to the same tokens: all, but half of those
+        that begin at the end of the training process, where the first one multiplies errors by several hundred.
+        """
+        steps = respaced(self.num_sampling_steps)
+        return len(steps) if steps[-1] < TRAINING_STEPS - 1 else -(-len(steps) // 2)
+
     def check_num_steps(self, num_steps: int) -> None:
-        respaced(num_steps)
+        respaced(self.spaced(num_steps))
+
+    def spaced(self, num_steps: int | str | None) -> int | str:
+        """Steps in the form that [`respaced`] takes; a number of them is spaced as the head's own are."""
+        if num_steps is None:
+            return self.num_sampling_steps
+        has_stride = str(self.num_sampling_steps).startswith("ddim") and isinstance(num_steps, int)
+        return f"ddim{num_steps}" if has_stride and num_steps > 1 else num_steps
+
+    def nearest_num_steps(self, num_steps: int) -> int:
+        if num_steps > TRAINING_STEPS or not str(self.spaced(num_steps)).startswith("ddim"):
+            return num_steps
+        counts = {-(-TRAINING_STEPS // stride) for stride in range(1, TRAINING_STEPS)}
+        return max(count for count in counts if count <= num_steps)
 
     def draw(
         self,
@@ -133,8 +157,7 @@ class DiffusionHead(ContinuousHead):
         Args:
             num_steps: in place of `num_sampling_steps`.
         """
-        steps = self.num_sampling_steps if num_steps is None else num_steps
-        process = noise_schedule(steps, hidden.device)
+        process = noise_schedule(self.spaced(num_steps), hidden.device)
         batch, n = len(hidden) // (1 if guidance is None else 2), hidden.shape[1]
         shape = (batch, n, self.token_size)
         start = self.normal(shape, hidden, generator, do_sample)
@@ -198,8 +221,7 @@ class DiffusionHead(ContinuousHead):
             ValueError: as `sample`.
         """
         guidance = self.checked_guidance(hidden, guidance, temperature)
-        steps = self.num_sampling_steps if num_steps is None else num_steps
-        process = noise_schedule(steps, hidden.device)
+        process = noise_schedule(self.spaced(num_steps), hidden.device)
         times = self.net.embed_times(process.timesteps)
         condition = self.net.embed_condition(hidden).flatten(0, 1)
         return ReverseProcess(self, process, times, condition, guidance, temperature)
