@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -256,7 +257,9 @@ def train_tokenizer(
     model = build()
     done = options.output / "tokenizer"
     if (done / "config.json").is_file():
-        return type(model).from_pretrained(done).eval()
+        trained = type(model).from_pretrained(done).eval()
+        trained.config.name_or_path = ""  # a folder of this machine, which models would be saved with
+        return trained
     folder = options.output / "training-tokenizer"
     model.to(memory_format=torch.channels_last)
     pictures = emoji.pixel_values()
@@ -300,6 +303,12 @@ def prompt_processor(emoji: EmojiSet, folder: Path, processor_class: type = VarP
     processor = processor_class(tokenizer=words, image_size=(SIZE, SIZE), max_prompt_tokens=MAX_PROMPT_TOKENS)
     save(folder, processor)
     return processor
+
+
+def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> T5Config:
+    """Configuration of the encoder of the captions."""
+    words = processor.tokenizer
+    return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
 
 
 def train_generator(
@@ -375,9 +384,9 @@ def begin(options: argparse.Namespace, sheets: str = "sheets") -> EmojiSet:
     return EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
 
 
-def lasting(stage: Stage, epochs: int | None) -> Stage:
-    """A stage with the length that an option gives, if it does."""
-    return replace(stage, epochs=epochs or stage.epochs)
+def lasting(stage: Stage, epochs: int | None, learning_rate: float | None = None) -> Stage:
+    """A stage with the length and the learning rate that options give, where they do."""
+    return replace(stage, epochs=epochs or stage.epochs, learning_rate=learning_rate or stage.learning_rate)
 
 
 def finish_run(

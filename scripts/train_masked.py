@@ -32,11 +32,12 @@ from emoji_training import (
     parser,
     prompt_processor,
     sheet,
+    text_encoder,
     train_generator,
     train_tokenizer,
 )
 from evaluate_emoji import Yardstick, draw
-from transformers import PreTrainedModel, T5Config
+from transformers import PreTrainedModel
 
 from hf_argen import (
     KlVaeConfig,
@@ -124,11 +125,9 @@ def build_model(
     tokenizer: KlVaeModel, processor: ImageGenerationProcessor, head: str
 ) -> MarForImageGeneration:
     """MAR before its training."""
-    words = processor.tokenizer
-    encoder = T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **TEXT_ENCODER)
     config = MarConfig(
         image_tokenizer_config=tokenizer.config,
-        text_encoder_config=encoder,
+        text_encoder_config=text_encoder(processor, TEXT_ENCODER),
         head_config={"type": head, **HEADS[head]},
         **{**MAR, **(DRAFTER if head == "drafter" else {})},
     )

@@ -14,17 +14,15 @@ kill. Sheets of reconstructions and of drawn prompts are written beside the chec
         --text-encoder runs/emoji-next-token/emoji-rar
     python scripts/train_next_token.py llamagen-drafter --output runs/emoji-next-token
 
-The second goes on with a model that was trained. The last is a small model that drafts for both. As in the paper, LlamaGen begins with a text encoder that knows its words:
-that of RAR, or of a checkpoint of its training. (RAR learns them from nothing, since the caption modulates all its layers.
-LlamaGen has to attend to it, and hardly begins to while it means nothing.) The results are the folders
-OUTPUT/emoji-FAMILY.
+The second goes on with a model that was trained. The last is a small model that drafts for both. As in the paper, LlamaGen
+begins with a text encoder that knows its words: that of RAR, or of a checkpoint of its training. (RAR learns them from
+nothing, since the caption modulates all its layers. LlamaGen has to attend to it, and hardly begins to while it means
+nothing.) The results are the folders OUTPUT/emoji-FAMILY.
 """
 
 import argparse
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from emoji_training import (
@@ -37,11 +35,12 @@ from emoji_training import (
     lasting,
     parser,
     prompt_processor,
+    text_encoder,
     train_generator,
     train_tokenizer,
 )
 from evaluate_emoji import Yardstick
-from transformers import AutoProcessor, PreTrainedModel, T5Config
+from transformers import AutoProcessor, PreTrainedModel
 
 from hf_argen import (
     AutoModelForImageGeneration,
@@ -134,12 +133,6 @@ def build_tokenizer() -> LlamaGenVQModel:
     return LlamaGenVQModel(LlamaGenVQConfig(**TOKENIZER))
 
 
-def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> T5Config:
-    """Configuration of the encoder of the captions."""
-    words = processor.tokenizer
-    return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
-
-
 def encoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The text encoder within a model of any family."""
     return next(part for name, part in model.named_modules() if name.endswith("text_encoder"))
@@ -164,20 +157,18 @@ def begin_attention(model: LlamaGenForImageGeneration) -> None:
     """
     head_dim, width = model.config.head_dim, model.config.hidden_size
     std = FIRST_STD * model.config.initializer_range
-    for layer in model.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.mul_(FIRST_STD)
     model.model.embed_tokens.weight.mul_(FIRST_STD)
     model.model.embed_tokens.weight[:, 0] = CONSTANT
-    normed = (
-        CONSTANT / (((width - 1) * std**2 + CONSTANT**2) / width) ** 0.5
-    )  # what the first norm makes of it
+    # What the first norm makes of the constant.
+    normed = CONSTANT / (((width - 1) * std**2 + CONSTANT**2) / width) ** 0.5
     # The slowest quarter of the rotary pairs of each axis hardly turns within a picture.
     pairs = head_dim // 4
     slow = [2 * pair for end in (pairs, 2 * pairs) for pair in range(end - max(pairs // 4, 1), end)]
     away = (AWAY * head_dim**0.5 / (normed**2 * len(slow))) ** 0.5
     for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(FIRST_STD)
         query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
         for weight, sign in ((query, 1), (key, -1)):
             weight[:, 0].normal_(std=PLACES**0.5 / normed)
@@ -247,7 +238,6 @@ def new_model(
     torch.manual_seed(options.seed)
     processor = prompt_processor(emoji, options.output / f"processor-{family}", processor_class)
     model = build(tokenizer, processor)
-    model.config.image_tokenizer_config.name_or_path = ""  # a folder of this machine
     if family == "llamagen":
         begin_attention(model)
     if options.text_encoder:
@@ -296,14 +286,11 @@ def main() -> None:
     add("--text-encoder", help="a trained model with whose text encoder this one begins")
     options = options.parse_args()
     emoji = begin(options, f"sheets-{options.family}")
-    stage = lasting(STAGES[options.family], options.epochs)
-    if options.learning_rate:
-        stage = replace(stage, learning_rate=options.learning_rate)
     model, processor = train(
         options.family,
         emoji,
         lasting(TOKENIZER_STAGE, options.tokenizer_epochs),
-        stage,
+        lasting(STAGES[options.family], options.epochs, options.learning_rate),
         options,
     )
     folder = options.output / f"emoji-{options.family}"

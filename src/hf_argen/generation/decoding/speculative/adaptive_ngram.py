@@ -145,9 +145,8 @@ class Search:
         self.level, self.visits, self.gain = [0], [0], [0.0]
         self.children: list[range | None] = [None]  # `None`: not looked at yet
         self.worth: list[float | None] = [None]  # what a visit gains
-        self._ranked: dict[
-            tuple[int, ...], list[tuple[int, float]]
-        ] = {}  # after a context, the likeliest first
+        # After a context, the likeliest first.
+        self._ranked: dict[tuple[int, ...], list[tuple[int, float]]] = {}
 
     def run(self) -> None:
         """Visits a place in every iteration."""
