@@ -89,6 +89,25 @@ class Corruption:
         return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
+@dataclass(frozen=True)
+class Beginnings:
+    """
+    Batches of the first tokens alone. These say which picture it is, are few among all that are learned, and are read in a
+    fraction of the time.
+
+    Args:
+        tokens: how many of each picture.
+        share: of the batches.
+    """
+
+    tokens: int
+    share: float
+
+    def __call__(self, *ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Ids (batch, tokens), each of them whole or its beginning."""
+        return tuple(one[:, : self.tokens] for one in ids) if torch.rand(()) < self.share else ids
+
+
 class Pictures(Dataset):
     """The pictures alone, for the tokenizer."""
 
@@ -320,12 +339,14 @@ def train_generator(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     corruption: Corruption | None = None,
+    beginnings: Beginnings | None = None,
 ) -> PreTrainedModel:
     """
     The second stage: a text-conditional model on the ids or latents of its frozen tokenizer, in `folder`.
 
     Args:
         corruption: what is done to the ids that the model reads, not to those that it predicts.
+        beginnings: which batches hold the first tokens alone.
     """
     tokenizer = model.image_tokenizer.eval()
     kind = "latents" if model.draws_latents else "input_ids"
@@ -338,6 +359,8 @@ def train_generator(
         if corruption is not None:
             # By the epoch, which a resumed run knows before it reads its first batch.
             read = corruption(batch, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
+        if beginnings is not None:
+            read, batch = beginnings(read, batch)
         return {kind: read, "labels": batch, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:

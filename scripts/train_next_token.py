@@ -28,6 +28,7 @@ import torch
 from emoji_training import (
     DATA,
     MAX_PROMPT_TOKENS,
+    Beginnings,
     Corruption,
     Stage,
     begin,
@@ -272,19 +273,28 @@ def train(
     corruption = None if family.endswith("drafter") else CORRUPTION
     if options.corruption:
         corruption = Corruption(*options.corruption)
-    train_generator(model, processor, emoji, stage, options, folder, callbacks, corruption)
+    beginnings = Beginnings(int(options.beginnings[0]), options.beginnings[1]) if options.beginnings else None
+    train_generator(model, processor, emoji, stage, options, folder, callbacks, corruption, beginnings)
     return model, processor
 
 
 def main() -> None:
-    options = parser(__doc__, Path("runs/emoji-next-token"))
-    options.add_argument("family", choices=sorted(BUILDERS))
-    add = options.add_argument
+    command = parser(__doc__, Path("runs/emoji-next-token"))
+    command.add_argument("family", choices=sorted(BUILDERS))
+    add = command.add_argument
     add("--start", help="a trained model of this family that is trained further, into another --output")
     add("--learning-rate", type=float, help="of the second stage")
     add("--corruption", type=float, nargs=2, help="largest share of random tokens, at first and in the end")
+    add(
+        "--beginnings",
+        type=float,
+        nargs=2,
+        help="tokens, and the share of batches that hold only so many first ones",
+    )
     add("--text-encoder", help="a trained model with whose text encoder this one begins")
-    options = options.parse_args()
+    options = command.parse_args()
+    if options.beginnings and options.family == "rar":
+        command.error("--beginnings: rar learns whole pictures, in any order; leave it out")
     emoji = begin(options, f"sheets-{options.family}")
     model, processor = train(
         options.family,
