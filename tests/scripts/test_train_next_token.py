@@ -39,6 +39,7 @@ def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, m
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     options = argparse.Namespace(
         **dict.fromkeys(("text_encoder", "start", "corruption")),
+        beginnings=(16, 0.5) if family == "llamagen" else None,
         output=folder,
         sheets=folder / "sheets",
         seed=0,
@@ -122,6 +123,18 @@ def test_pictures_are_read_with_fewer_random_tokens_in_the_end(script):
     first, last = script.CORRUPTION.first, script.CORRUPTION.last
     for share, most in zip(shares, (first, (first + last) / 2, last), strict=True):
         assert abs(share - most / 2 * 63 / 64) < 0.03
+
+
+def test_some_batches_are_the_first_tokens_alone(script, monkeypatch):
+    torch.manual_seed(0)
+    ids = torch.arange(20).view(2, 10)
+    drawn = [script.Beginnings(3, 0.25)(ids, ids + 1) for _ in range(400)]
+    assert 60 < sum(read.shape[1] == 3 for read, _ in drawn) < 140
+    for read, labels in drawn:
+        assert torch.equal(read, ids[:, : read.shape[1]]) and torch.equal(labels, read + 1)
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["train_next_token.py", "rar", "--beginnings", "16", "0.5"])
+        script.main()
 
 
 def test_the_text_encoder_learns(script, emoji, tmp_path):
