@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_argen import VarProcessor
+from hf_argen import AutoModelForImageGeneration, VarProcessor
 from hf_argen.data.emoji import EmojiCaptions, EmojiSet, to_uint8
 from hf_argen.processors.base import ImageGenerationProcessor
 from hf_argen.training import EpochCallback, MuonWithAdamW, training_arguments
@@ -328,6 +328,17 @@ def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> 
     """Configuration of the encoder of the captions."""
     words = processor.tokenizer
     return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
+
+
+def encoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The text encoder within a model of any family."""
+    return next(part for name, part in model.named_modules() if name.endswith("text_encoder"))
+
+
+def begin_with_encoder(model: PreTrainedModel, source: str | Path) -> None:
+    """Gives the model the text encoder of a trained one, whose captions have the same byte pairs."""
+    trained = AutoModelForImageGeneration.from_pretrained(source)
+    encoder_of(model).load_state_dict(encoder_of(trained).state_dict())
 
 
 def train_generator(

@@ -27,6 +27,7 @@ from emoji_training import (
     AutoencoderTrainer,
     Stage,
     begin,
+    begin_with_encoder,
     finish_run,
     lasting,
     parser,
@@ -75,7 +76,7 @@ MAR = {
 TEXT_ENCODER = {
     "d_model": 128,
     "d_kv": 32,
-    "d_ff": 384,
+    "d_ff": 512,
     "num_layers": 1,
     "num_heads": 4,
     "dropout_rate": 0.0,
@@ -105,7 +106,7 @@ SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0}
 DECODING = {"type": "masked", "num_steps": 16}
 
 TOKENIZER_STAGE = Stage(epochs=40, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
-STAGE = Stage(epochs=120, learning_rate=1e-3, warmup_steps=200, weight_decay=0.02, batch_size=32)
+STAGE = Stage(epochs=120, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32, muon=True)
 LATER_STAGE = lasting(STAGE, 40)  # of heads that start from a trained transformer
 
 
@@ -191,6 +192,8 @@ def train(
     torch.manual_seed(options.seed)
     processor = prompt_processor(emoji, options.output / "processor", LlamaGenProcessor)
     model = build_model(tokenizer, processor, head)
+    if options.text_encoder:
+        begin_with_encoder(model, options.text_encoder)
     start = trained_transformer(options.output, head)
     if start is not None:
         trained = MarForImageGeneration.from_pretrained(start, dtype=torch.float32)
@@ -200,9 +203,10 @@ def train(
 
 
 def main() -> None:
-    options = parser(__doc__, Path("runs/emoji-masked"))
-    options.add_argument("head", choices=list(HEADS))
-    options = options.parse_args()
+    command = parser(__doc__, Path("runs/emoji-masked"))
+    command.add_argument("head", choices=list(HEADS))
+    command.add_argument("--text-encoder", help="a trained model with whose text encoder this one begins")
+    options = command.parse_args()
     emoji = begin(options, f"sheets-{options.head}")
     stage = STAGE if trained_transformer(options.output, options.head) is None else LATER_STAGE
     model, processor = train(

@@ -32,6 +32,7 @@ from emoji_training import (
     Corruption,
     Stage,
     begin,
+    begin_with_encoder,
     finish_run,
     lasting,
     parser,
@@ -132,11 +133,6 @@ STAGES = {
 def build_tokenizer() -> LlamaGenVQModel:
     """The tokenizer before its training."""
     return LlamaGenVQModel(LlamaGenVQConfig(**TOKENIZER))
-
-
-def encoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """The text encoder within a model of any family."""
-    return next(part for name, part in model.named_modules() if name.endswith("text_encoder"))
 
 
 def build_llamagen(
@@ -242,8 +238,7 @@ def new_model(
     if family == "llamagen":
         begin_attention(model)
     if options.text_encoder:
-        trained = AutoModelForImageGeneration.from_pretrained(options.text_encoder)
-        encoder_of(model).load_state_dict(encoder_of(trained).state_dict())
+        begin_with_encoder(model, options.text_encoder)
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
     model.generation_config.update(**SAMPLING)
     return model, processor

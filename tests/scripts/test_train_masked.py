@@ -39,7 +39,9 @@ def options(tmp_path_factory, monkeypatch):
     shared = sys.modules["emoji_training"]
     monkeypatch.setattr(shared, "PROMPTS", shared.PROMPTS[:2])
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
-    return argparse.Namespace(output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0)
+    return argparse.Namespace(
+        output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0, text_encoder=None
+    )
 
 
 def test_models_are_trained_and_saved(script, emoji, options):

@@ -110,8 +110,11 @@ def test_a_text_encoder_that_was_trained_elsewhere(script, emoji, tmp_path):
     processor = script.prompt_processor(emoji, tmp_path / "processor", script.LlamaGenProcessor)
     tokenizer = script.build_tokenizer()
     rar, llamagen = script.build_rar(tokenizer, processor), script.build_llamagen(tokenizer, processor)
-    assert script.encoder_of(rar) is rar.model.text_encoder
-    assert script.encoder_of(llamagen) is llamagen.text_encoder
+    rar.save_pretrained(tmp_path / "rar")
+    script.begin_with_encoder(llamagen, tmp_path / "rar")
+    theirs, ours = rar.model.text_encoder.state_dict(), llamagen.text_encoder.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(weight, ours[name]) for name, weight in theirs.items())
 
 
 def test_pictures_are_read_with_fewer_random_tokens_in_the_end(script):

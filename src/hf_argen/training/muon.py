@@ -34,7 +34,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: float = 0.95,
-        output_layers: Sequence[str] = ("lm_head", "head.out_proj"),
+        output_layers: Sequence[str] = ("lm_head", "head.out_proj", "head.net.output.linear"),
     ):
         matrices, rest = split(model, output_layers)
         if not matrices:
