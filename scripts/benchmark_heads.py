@@ -10,7 +10,9 @@ goes on where it was stopped); a sheet of drawn prompts is written for each mode
 
 MODEL is the folder or Hub repository of a text-conditional masked model of ours that was trained on the emoji set.
 `--decodings` names others than the standard list, each by name or as JSON:
-'{"type": "diffusion_step_annealing", "most_head_steps": 50, "least_head_steps": 5}'.
+'{"type": "diffusion_step_annealing", "most_head_steps": 50, "least_head_steps": 5}'. With `--drafter`, a smaller model of the
+same latents with a diffusion head, its drafts for models with that head are measured, too: exactly, one token a step, and as
+the authors' code accepts them.
 """
 
 import argparse
@@ -37,7 +39,12 @@ STANDARD: tuple[dict[str, Any], ...] = (
     {"type": "masked", "num_steps": 64},
     {"type": "diffusion_step_annealing", "num_steps": STEPS},
 )
+DRAFTED: tuple[dict[str, Any], ...] = (  # with a drafter
+    {"type": "continuous_speculative", "num_steps": 64},
+    {"type": "continuous_speculative", "num_steps": 64, "tested_steps": 1, "acceptance_temperature": 42.0},
+)
 CLAIMS = {  # of the papers, against MAR
+    "continuous_speculative": "CSpD 2.33x",
     "diffusion_step_annealing": "DiSA 5-10x",
     "shortcut": "FAR 2.3x",
     "mixture": "ARINAR 5x",
@@ -54,7 +61,8 @@ class Row:
         model, head: name of the model, type of its head.
         decoding: its stored form.
         accuracy: kind of caption -> share of pictures that are the emoji asked for.
-        calls, head_calls: of one batch.
+        calls, head_calls: of one batch, a drafter's included.
+        gained: tokens a row gains by a call that tests drafts, on average; 0 without a drafter.
         seconds: batch size -> of one picture.
     """
 
@@ -64,12 +72,14 @@ class Row:
     accuracy: dict[str, float] = field(default_factory=dict)
     calls: int = 0
     head_calls: int = 0
+    gained: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """The decoding's name and the options that differ from their defaults."""
-        options = [f"{key}={value}" for key, value in self.decoding.items() if key != "type"]
+        shown = {**self.decoding, "drafter": Path(self.decoding.get("drafter", "")).name}
+        options = [f"{key}={value}" for key, value in shown.items() if key != "type" and value != ""]
         return f"`{self.decoding['type']}` {', '.join(options)}".strip()
 
 
@@ -85,36 +95,33 @@ class Bench:
         if "masked" not in compatible_decodings(self.model):
             raise SystemExit(f"{source} is no masked model.")
 
-    def generate(self, decoding: dict[str, Any], prompts: list[str], seed: int = 0) -> Any:
+    def generate(self, decoding: Decoding, prompts: list[str], seed: int = 0) -> Any:
         """Pictures of the prompts, each with a generator of its own, and what was counted."""
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         return self.model.generate(
             **self.processor(prompts).to(self.model.device),
-            decoding=Decoding.from_dict(decoding),
+            decoding=decoding,
             generator=generators,
             return_dict_in_generate=True,
         )
 
-    def measure(self, row: Row, plain: tuple["Bench", dict[str, Any]]) -> None:
+    def measure(self, row: Row, plain: tuple["Bench", Decoding]) -> None:
         """Fills a line; times take turns with those of `plain`, so that a slow hour is everyone's."""
+        decoding = Decoding.from_dict(row.decoding)  # which keeps a drafter once it has loaded it
         for kind in KINDS:
             targets, prompts = self.emoji.prompts(kind == "held-out", self.options.count, self.options.seed)
-            pictures = draw(
-                self.model,
-                self.processor,
-                prompts,
-                self.options.seed,
-                decoding=Decoding.from_dict(row.decoding),
-            )
+            pictures = draw(self.model, self.processor, prompts, self.options.seed, decoding=decoding)
             row.accuracy[kind] = accuracy(pictures, targets, self.emoji.font)
         for size in self.options.batch_sizes:
             prompts = (list(PROMPTS) * size)[:size]
-            output = self.generate(row.decoding, prompts)
+            output = self.generate(decoding, prompts)
             row.calls, row.head_calls = output.forward_calls, output.head_calls
+            if (gained := output.accept_lengths) is not None:
+                row.gained = gained[gained > 0].float().mean().item()
             other, other_decoding = plain
             ratios, own = [], []
             for run in range(self.options.pairs):
-                own.append(seconds(partial(self.generate, row.decoding, prompts, run)))
+                own.append(seconds(partial(self.generate, decoding, prompts, run)))
                 ratios.append(seconds(partial(other.generate, other_decoding, prompts, run)) / own[-1])
             row.seconds[str(size)] = statistics.median(own) / size
             row.seconds[f"speed {size}"] = statistics.median(ratios)
@@ -129,6 +136,7 @@ def table(rows: list[Row], batch_sizes: list[int]) -> str:
         "decoding",
         "calls",
         "head calls",
+        "tokens gained a call",
         "by name",
         "by held-out caption",
         *sizes,
@@ -137,6 +145,7 @@ def table(rows: list[Row], batch_sizes: list[int]) -> str:
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for row in rows:
         cells = [row.model, row.head, row.title, str(row.calls), str(row.head_calls)]
+        cells.append(f"{row.gained:.2f}" if row.gained else "")
         cells += [f"{row.accuracy[kind]:.1%}" for kind in KINDS]
         for size in batch_sizes:
             cells += [f"{row.seconds[str(size)]:.3f}", f"{row.seconds[f'speed {size}']:.2f}x"]
@@ -153,6 +162,7 @@ def parse() -> argparse.Namespace:
         "models", nargs="+", metavar="MODEL", help="the first is what the others are timed against"
     )
     parser.add_argument("--decodings", nargs="+", help="names or JSON, in place of the standard list")
+    parser.add_argument("--drafter", help="a smaller model with a diffusion head, which drafts")
     parser.add_argument("--count", type=int, default=300, help="prompts of each kind")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4], help="where time is taken")
     parser.add_argument("--pairs", type=int, default=5, help="timed runs per decoding and batch size")
@@ -167,14 +177,17 @@ def main() -> None:
     options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
     emoji = EmojiSet.load(font=options.font)
-    listed = options.decodings or [json.dumps(one) for one in STANDARD]
-    decodings = [json.loads(one) if one.startswith("{") else {"type": one} for one in listed]
+    decodings = list(STANDARD)
+    if options.decodings:
+        decodings = [json.loads(one) if one.startswith("{") else {"type": one} for one in options.decodings]
+    if options.drafter:
+        decodings += [{**one, "drafter": options.drafter} for one in DRAFTED]
     store = options.output / "heads.json"
     rows = [Row(**row) for row in json.loads(store.read_text(encoding="utf-8"))] if store.is_file() else []
     plain = None
     for source in options.models:
         bench = Bench(source, emoji, options)
-        plain = plain or (bench, decodings[0])
+        plain = plain or (bench, Decoding.from_dict(decodings[0]))
         head = bench.model.head.head_type
         for decoding in decodings:
             if decoding["type"] not in compatible_decodings(bench.model):

@@ -356,12 +356,13 @@ def losing_bounds(measured: list[Measured], reference: str) -> dict[str, list[di
 
 def write_bounds(measured: list[Measured], chip: str, facts: dict[str, str], path: Path) -> None:
     """Writes the bounds of a chip into a table, in place of older ones; the file is whole at any time."""
+    from hf_argen.storage import write_whole
+
     table = json.loads(path.read_text(encoding="utf-8"))
     bounds = {kind: losing_bounds(measured, reference) for kind, reference in REFERENCES.items()}
     table[chip] = {"measured": facts, **bounds}
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    text = json.dumps(dict(sorted(table.items())), indent=1) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def print_times(rounds: int) -> list[Measured]:

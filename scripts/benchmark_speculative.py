@@ -37,10 +37,11 @@ PLAIN = "generate()"
 ASSISTED, LOOKUP = "transformers, assisted", "transformers, prompt lookup"
 WARM_UPS = 3
 LOOKUP_TOKENS = 10
+CONFIDENT = Chain(8, confidence=0.4)
 # Small trees, since on a CPU every node more costs.
 EAGLE_TREES = {
     "Chain": Chain(4),
-    "Chain of 6": Chain(6),
+    "Chain of 8 that ends early": CONFIDENT,
     "DynamicTree": DynamicTree(16, 3, 3),
     "OptTree": OptTree(12, 0.2, 5),
 }
@@ -137,6 +138,8 @@ class Bench:
                 )
             )
             found.append(self.ours("DraftModel, Chain", SpeculativeDecoding(small, Chain(5)), small))
+            name = "DraftModel, Chain of 8 that ends early"
+            found.append(self.ours(name, SpeculativeDecoding(small, CONFIDENT), small))
         found.append(self.ours("NGram, Chain", SpeculativeDecoding(NGram(), Chain(LOOKUP_TOKENS))))
         found.append(self.ours("AdaptiveNGram, SearchTree", SpeculativeDecoding(AdaptiveNGram())))
         for source in self.options.drafters:

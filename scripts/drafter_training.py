@@ -233,7 +233,9 @@ class EagleTrainer(Trainer):
         if model.training and own.version == 1:
             features = features + NOISE * (torch.rand_like(features) - 0.5)
         with torch.no_grad():
-            embeds, logits = self.embed(ids[:, 1:]), self.head(wanted)
+            logits = self.head(wanted)
+        # Without gradient where they are the language model's.
+        embeds = (model.embed_tokens or self.embed)(ids[:, 1:])
         return wanted, logits.float(), unrolled(model, features, embeds, self.steps)
 
     def logits(self, model: Eagle, drafted: torch.Tensor) -> torch.Tensor:

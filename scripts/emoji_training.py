@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -74,14 +75,17 @@ class Corruption:
     by their first tokens, hardly reads the caption, and does not find back from a token that it would not have drawn.
 
     Args:
-        most: largest share of random tokens of a picture; the share is drawn for each anew.
+        first, last: largest share of random tokens of a picture at the beginning and at the end, linear in between; the
+            share itself is drawn for each picture anew.
     """
 
-    most: float
+    first: float
+    last: float
 
-    def __call__(self, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Ids (batch, tokens) as they are read."""
-        share = self.most * torch.rand(len(ids), 1)
+    def __call__(self, ids: torch.Tensor, vocab_size: int, progress: float) -> torch.Tensor:
+        """Ids (batch, tokens) as they are read when a share `progress` of the training is done."""
+        most = self.first + (self.last - self.first) * progress
+        share = most * torch.rand(len(ids), 1)
         return torch.where(torch.rand(ids.shape) < share, torch.randint(vocab_size, ids.shape), ids)
 
 
@@ -253,7 +257,9 @@ def train_tokenizer(
     model = build()
     done = options.output / "tokenizer"
     if (done / "config.json").is_file():
-        return type(model).from_pretrained(done).eval()
+        trained = type(model).from_pretrained(done).eval()
+        trained.config.name_or_path = ""  # a folder of this machine, which models would be saved with
+        return trained
     folder = options.output / "training-tokenizer"
     model.to(memory_format=torch.channels_last)
     pictures = emoji.pixel_values()
@@ -299,6 +305,12 @@ def prompt_processor(emoji: EmojiSet, folder: Path, processor_class: type = VarP
     return processor
 
 
+def text_encoder(processor: ImageGenerationProcessor, shape: dict[str, Any]) -> T5Config:
+    """Configuration of the encoder of the captions."""
+    words = processor.tokenizer
+    return T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **shape)
+
+
 def train_generator(
     model: PreTrainedModel,
     processor: VarProcessor,
@@ -324,7 +336,8 @@ def train_generator(
         batch = torch.stack([row[kind] for row in rows])
         read = batch
         if corruption is not None:
-            read = corruption(batch, tokenizer.config.codebook_size)
+            # By the epoch, which a resumed run knows before it reads its first batch.
+            read = corruption(batch, tokenizer.config.codebook_size, captions.epoch / stage.epochs)
         return {kind: read, "labels": batch, **processor([row["caption"] for row in rows])}
 
     def draw() -> Image.Image:
@@ -371,9 +384,9 @@ def begin(options: argparse.Namespace, sheets: str = "sheets") -> EmojiSet:
     return EmojiSet.load(SIZE, font=options.font, cache_dir=options.output)
 
 
-def lasting(stage: Stage, epochs: int | None) -> Stage:
-    """A stage with the length that an option gives, if it does."""
-    return replace(stage, epochs=epochs or stage.epochs)
+def lasting(stage: Stage, epochs: int | None, learning_rate: float | None = None) -> Stage:
+    """A stage with the length and the learning rate that options give, where they do."""
+    return replace(stage, epochs=epochs or stage.epochs, learning_rate=learning_rate or stage.learning_rate)
 
 
 def finish_run(

@@ -53,30 +53,67 @@ def new_heads(target: PreTrainedModel, options: argparse.Namespace) -> MedusaHea
     return heads
 
 
+def narrow_sizes(width: int, target_width: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes of a narrower drafter, in the language model's proportions."""
+    heads = max(width // (target_width // sizes["num_attention_heads"]), 1)
+    if not 0 < width < target_width or width % (2 * heads):
+        raise ValueError(
+            f"--hidden-size is {width}; it must be below that of the language model, {target_width}, and a multiple of "
+            f"{2 * heads}, twice the number of heads."
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": sizes["intermediate_size"] * width // target_width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+
+
+def main_components(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows (n, size) in the `width` directions in which they differ most, (n, width), as far apart as before."""
+    weight = weight.float()
+    return (weight @ torch.linalg.svd(weight, full_matrices=False).Vh[:width].T).contiguous()
+
+
 def new_eagle(target: PreTrainedModel, options: argparse.Namespace, ids: np.ndarray) -> Eagle:
-    """Layers of the language model's sizes, which share its embeddings; version 1 its head too."""
+    """
+    Layers of the language model's sizes, which share its embeddings; version 1 its head too. A narrower EAGLE-3 has
+    embeddings and a head of its own, which begin as the main components of the language model's.
+    """
     config = target.config.get_text_config()
     heads = config.num_attention_heads
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+    }
     is_third = options.method == "eagle3"
+    is_narrow = is_third and options.hidden_size not in (None, config.hidden_size)
+    if is_narrow:
+        sizes = narrow_sizes(options.hidden_size, config.hidden_size, sizes)
     draft_vocab = min(options.draft_vocab or MOST_DRAFT_TOKENS, config.vocab_size) if is_third else None
     eagle = Eagle(
         EagleConfig(
             version=3 if is_third else 1,
-            hidden_size=config.hidden_size,
-            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             num_hidden_layers=1 if is_third else options.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             max_position_embeddings=config.max_position_embeddings,
             vocab_size=config.vocab_size,
             draft_vocab_size=draft_vocab,
+            target_hidden_size=config.hidden_size,
             feature_layers=options.feature_layers if is_third else None,
             base_model_name_or_path=target.name_or_path,
-            has_embedding=False,
+            has_embedding=is_narrow,
+            **sizes,
         )
     )
     if is_third:
         weight = target.get_output_embeddings().weight.data
+        if is_narrow:
+            eagle.embed_tokens.weight.data.copy_(
+                main_components(target.get_input_embeddings().weight.data, options.hidden_size)
+            )
+            weight = main_components(weight, options.hidden_size)
         if eagle.draft_ids is not None:
             frequent = np.bincount(ids.reshape(-1), minlength=config.vocab_size).argsort()[::-1]
             chosen = torch.from_numpy(np.sort(frequent[:draft_vocab]))
@@ -205,6 +242,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--feature-layers", type=int, nargs=3, help="that EAGLE-3 reads; default: 2, L/2, L-3"
     )
+    parser.add_argument("--hidden-size", type=int, help="of EAGLE-3; default: the language model's")
     parser.add_argument("--window", type=int, default=384)
     parser.add_argument("--windows", type=int, help="of the text, at most; default: all of the data")
     parser.add_argument("--generate", type=int, default=0, help="windows that the model writes itself")
@@ -221,6 +259,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speculators", action="store_true", help="EAGLE-3 in speculators' form, too")
     options = parser.parse_args(arguments)
+    if options.hidden_size is not None and options.method != "eagle3":
+        parser.error(f"--hidden-size is for EAGLE-3; --method is {options.method}")
     if options.speculators and options.method != "eagle3":
         parser.error(f"--speculators writes EAGLE-3; --method is {options.method}")
     return options

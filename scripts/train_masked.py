@@ -4,7 +4,8 @@ drawn from words, several tokens at a time.
 
 First a KL autoencoder of 8x8 latents on the 1,391 rendered emoji, which all share; then a text-conditional MAR on its
 latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` start from the
-transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. A checkpoint is written every few minutes; a
+transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. `drafter` is a smaller transformer with a smaller
+diffusion head, to draft for that model. A checkpoint is written every few minutes; a
 run that was killed goes on from the last one when the same command is given again, and ends as it would have without the
 kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
 
@@ -31,11 +32,12 @@ from emoji_training import (
     parser,
     prompt_processor,
     sheet,
+    text_encoder,
     train_generator,
     train_tokenizer,
 )
 from evaluate_emoji import Yardstick, draw
-from transformers import PreTrainedModel, T5Config
+from transformers import PreTrainedModel
 
 from hf_argen import (
     KlVaeConfig,
@@ -47,6 +49,7 @@ from hf_argen import (
 )
 from hf_argen.data.emoji import EmojiSet, to_uint8
 from hf_argen.processors.base import ImageGenerationProcessor
+from hf_argen.storage import write_whole
 
 TOKENIZER = {
     "latent_channels": 16,
@@ -77,13 +80,27 @@ TEXT_ENCODER = {
     "num_heads": 4,
     "dropout_rate": 0.0,
 }
+# Steps with a stride leave out the last one of the training process. A step back from there multiplies errors by several
+# hundred, so that small diffusion heads, which are trained for some thousand steps, lead nowhere.
 HEADS: dict[str, dict[str, Any]] = {
-    "diffusion": {"width": 256, "depth": 2, "num_sampling_steps": 50, "batch_multiplier": 4},
+    "diffusion": {"width": 256, "depth": 2, "num_sampling_steps": "ddim50", "batch_multiplier": 4},
     "flow": {"width": 256, "depth": 2, "num_sampling_steps": 16, "solver": "heun", "batch_multiplier": 4},
     "shortcut": {"width": 256, "depth": 2, "num_sampling_steps": 4, "batch_multiplier": 4},
     "mixture": {"width": 192, "depth": 1, "num_heads": 4, "num_components": 4, "num_candidates": 100},
     "energy": {"width": 256, "depth": 2, "batch_multiplier": 2},
+    "drafter": {
+        "type": "diffusion",
+        "width": 128,
+        "depth": 2,
+        "num_sampling_steps": "ddim50",
+        "batch_multiplier": 4,
+    },
 }
+DRAFTER = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+}  # of a drafter, whose head is smaller, too
 SAMPLING = {"do_sample": True, "guidance_scale": 3.0, "temperature": 1.0}
 DECODING = {"type": "masked", "num_steps": 16}
 
@@ -108,13 +125,11 @@ def build_model(
     tokenizer: KlVaeModel, processor: ImageGenerationProcessor, head: str
 ) -> MarForImageGeneration:
     """MAR before its training."""
-    words = processor.tokenizer
-    encoder = T5Config(vocab_size=len(words), pad_token_id=words.pad_token_id, **TEXT_ENCODER)
     config = MarConfig(
         image_tokenizer_config=tokenizer.config,
-        text_encoder_config=encoder,
+        text_encoder_config=text_encoder(processor, TEXT_ENCODER),
         head_config={"type": head, **HEADS[head]},
-        **MAR,
+        **{**MAR, **(DRAFTER if head == "drafter" else {})},
     )
     model = MarForImageGeneration(config)
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
@@ -124,9 +139,17 @@ def build_model(
 
 
 def trained_transformer(output: Path, head: str) -> Path | None:
-    """The folder of the model whose transformer a head starts from, if there is one."""
-    folder = output / "emoji-mar-diffusion"
-    return folder if head != "diffusion" and (folder / "config.json").is_file() else None
+    """
+    The folder of the model whose transformer a head starts from, if there was one when its run began; that is written down,
+    so that a run that goes on does so as it began.
+    """
+    if head in ("diffusion", "drafter"):
+        return None
+    folder, record = output / "emoji-mar-diffusion", output / f"start-{head}.txt"
+    if not record.is_file():
+        found = folder.name if (folder / "config.json").is_file() else ""
+        write_whole(record, lambda path: path.write_text(found, encoding="utf-8"))
+    return folder if record.read_text(encoding="utf-8") else None
 
 
 def model_card(head: str, yardstick: Yardstick, parameters: int) -> str:
@@ -138,7 +161,7 @@ pipeline_tag: text-to-image
 tags: [hf_argen, mar, emoji]
 ---
 
-# Emoji MAR with a {head} head
+# {"Small emoji MAR that drafts" if head == "drafter" else f"Emoji MAR with a {head} head"}
 
 Draws 64x64 pictures in the style of Noto Color Emoji from a few English words: masked autoregressive generation (MAR, arXiv
 2406.11838) of 8x8 continuous tokens, {parameters / 1e6:.1f} million parameters in all. It is made to measure heads and

@@ -32,6 +32,7 @@ from hf_argen.modeling.tokenizers.multiscale_vq.convert_multiscale_vq import TOK
 from hf_argen.modeling.var.convert_var import TRANSFORMER
 
 from .helpers.goldens import REPOSITORY
+from .helpers.tiny import tiny_mar
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|sh run)(?: ([^\n]*))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -63,7 +64,7 @@ def blocks_of(page: Path) -> list[tuple[int, str, str, str]]:
 def originals(tmp_path_factory):
     """
     A tiny VAR with the names, scales, classes and codes of the released one: checkpoints in the authors' format, the
-    converted folder `var-d16`, and a picture.
+    converted folder `var-d16`, and a picture. Tiny MARs of as many classes, `mar-base` and `mar-large`.
     """
     torch.manual_seed(0)
     tokenizer = MultiScaleVQConfig(
@@ -99,6 +100,8 @@ def originals(tmp_path_factory):
     converted = convert_original("var", files)
     converted.save_pretrained(folder / "var-d16")
     new_processor(converted.config).save_pretrained(folder / "var-d16")
+    for name in ("mar-base", "mar-large"):
+        tiny_mar(num_classes=1000).save_pretrained(folder / name)
     Image.linear_gradient("L").convert("RGB").resize((48, 40)).save(folder / "photo.png")
     return folder
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .convert import convert_original
     from .generation import Decoding, compatible_decodings, generate
     from .generation.decoding.collaborative_next_scale import CollaborativeNextScale
+    from .generation.decoding.continuous_speculative import ContinuousSpeculative
     from .generation.decoding.diffusion_step_annealing import DiffusionStepAnnealing
     from .generation.decoding.grouped_speculative import GroupedSpeculative
     from .generation.decoding.masked import Masked
@@ -65,6 +66,7 @@ _SOURCES = {
     "CodeConfig": "modeling.code.configuration_code",
     "CodeForImageGeneration": "modeling.code.modeling_code",
     "CollaborativeNextScale": "generation.decoding.collaborative_next_scale",
+    "ContinuousSpeculative": "generation.decoding.continuous_speculative",
     "Decoding": "generation",
     "Eagle": "modeling.drafters.modeling_eagle",
     "EagleConfig": "modeling.drafters.configuration_eagle",
@@ -133,6 +135,7 @@ __all__ = [
     "CodeConfig",
     "CodeForImageGeneration",
     "CollaborativeNextScale",
+    "ContinuousSpeculative",
     "Decoding",
     "Eagle",
     "EagleConfig",

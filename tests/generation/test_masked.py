@@ -1,6 +1,7 @@
 """Masked generation against what MAR's code computed, and its own rules."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -192,6 +193,7 @@ def test_orders():
     raster = list(range(16))
     assert order(Masked(order="raster")) == [raster, raster]
     given = raster[::-1]
+    assert order(Masked(order=np.stack([raster, given])[:, ::-1])) == [given, raster]
     assert order(Masked(order=given)) == [given, given]
     assert order(Masked(order=[given, raster])) == [given, raster]
     first, second = order(Masked())
@@ -277,22 +279,26 @@ class TwoValues(torch.nn.Module):
 @torch.no_grad()
 def by_brute_force(model, sizes, guidance):
     """Probability of every picture of four tokens: over all orders, given what is known before each set."""
+    own = model.conditions(class_labels=torch.tensor([2]))
+    null = model.null_conditions(own)
+    both = {name: torch.cat([value, null[name]]) for name, value in own.items()}
+
+    @cache
+    def chances(known: tuple[tuple[int, int], ...]) -> list[float]:
+        """Of 1 at every place, given the values at some."""
+        visible = torch.tensor([[place for place, _ in known]] * 2, dtype=torch.long)
+        seen = torch.tensor([[value for _, value in known]] * 2, dtype=torch.float)
+        hidden = model.masked_hidden_states(seen.unsqueeze(-1).expand(-1, -1, 4), visible, both, None)
+        return model.head.probability(hidden, guidance)[0].tolist()
+
     expected = {}
     for order in itertools.permutations(range(4)):
         for values in itertools.product((-1, 1), repeat=4):
             probability, known = 1 / 24, 0
-            tokens = torch.tensor(values, dtype=torch.float)[None, :, None].expand(-1, -1, 4)
             for size in sizes:
-                visible = torch.tensor([sorted(order[:known])], dtype=torch.long)
-                seen = tokens[:, visible[0]]
-                own = model.conditions(class_labels=torch.tensor([2]))
-                null = model.null_conditions(own)
-                both = {name: torch.cat([value, null[name]]) for name, value in own.items()}
-                hidden = model.masked_hidden_states(seen.repeat(2, 1, 1), visible.repeat(2, 1), both, None)
-                high = model.head.probability(hidden, guidance)[0]
+                high = chances(tuple((place, values[place]) for place in sorted(order[:known])))
                 for place in order[known : known + size]:
-                    chance = high[place].item()
-                    probability *= chance if values[place] == 1 else 1 - chance
+                    probability *= high[place] if values[place] == 1 else 1 - high[place]
                 known += size
             expected[values] = expected.get(values, 0.0) + probability
     return expected
@@ -446,6 +452,12 @@ def test_time_limit_ends_in_one_step():
         ({"num_steps": 17}, "num_steps is 17; this model has 16 tokens"),
         ({"schedule": "cubic"}, "schedule is 'cubic'; known are cosine"),
         ({"order": "spiral"}, "order is 'spiral'; known are random, raster"),
+        ({"order": 3}, "order is 3; give one of random, raster, confidence, numpy, or a permutation"),
+        (
+            {"order": [0.5] * 16},
+            "or a permutation of the positions, one for all pictures or a list of one for each",
+        ),
+        ({"order": [[0, 1], 2]}, "or a permutation of the positions"),
         ({"order": [0, 1, 2]}, "An order has 3 positions; it must be a permutation of 0 to 15"),
         ({"order": [0] * 16}, "must be a permutation of 0 to 15, each once"),
         ({"order": [list(range(16))] * 3}, "There are 3 orders for 2 pictures"),

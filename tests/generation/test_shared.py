@@ -10,6 +10,7 @@ from hf_argen import (
     CodeConfig,
     CodeForImageGeneration,
     CollaborativeNextScale,
+    ContinuousSpeculative,
     DiffusionStepAnnealing,
     GroupedSpeculative,
     Masked,
@@ -21,6 +22,7 @@ from hf_argen import (
     SpeculativeJacobi,
     StaticTree,
 )
+from hf_argen.generation.decoding import Guarantee
 
 from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.tiny import (
@@ -211,6 +213,32 @@ class TestDiffusionStepAnnealing(DecodingTests):
 
     def make_decoding(self):
         return DiffusionStepAnnealing(num_steps=3, most_head_steps=4, least_head_steps=2)
+
+
+class TestContinuousSpeculative(TestMasked):
+    """Its distribution is proved in test_continuous_speculative.py, on heads known in closed form."""
+
+    decoding_class = ContinuousSpeculative
+    options = {
+        "num_steps": 8,
+        "order": "raster",
+        "schedule": "linear",
+        "drafter": "folder",
+        "draft_length": 3,
+        "prefill": 0.1,
+        "tested_steps": 2,
+        "acceptance_temperature": 42.0,
+        "max_trials": 100,
+        "give_up_below": 1.5,
+    }
+
+    def make_decoding(self):
+        torch.manual_seed(4)
+        drafter = tiny_mar(hidden_size=16, num_hidden_layers=1, intermediate_size=32)
+        return ContinuousSpeculative(drafter=drafter, max_trials=10)
+
+    def test_distribution_is_the_plain_one(self):
+        assert self.decoding_class.guarantee is Guarantee.EXACT_IN_DISTRIBUTION
 
 
 # The distribution of next-scale sampling is the product of the model's guided probabilities.

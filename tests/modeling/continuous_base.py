@@ -147,5 +147,5 @@ class ContinuousFamilyTests(FamilyTests):
     def test_decodings_that_fit(self, model):
         assert compatible_decodings(model) == sorted(self.decodings)
         for name in self.decodings:
-            latents = model.generate(**self.conditions(2), decoding=self.make_decoding(name), do_sample=False)
+            latents = model.generate(**self.conditions(2), decoding=self.make_decoding(name))
             assert latents.shape == (2, self.num_tokens, self.latent_channels)

@@ -243,6 +243,37 @@ def test_number_of_steps_of_one_call():
     assert torch.equal(nothing, head.sample(hidden, do_sample=False))
 
 
+@torch.no_grad()
+def test_steps_with_a_stride():
+    """Another number of them has a stride, too, and leaves out the last training step as they do."""
+    head, hidden = small_head(num_sampling_steps="ddim25"), torch.randn(1, 2, 6)
+    same = small_head(num_sampling_steps="ddim10")
+    drawn, expected = (
+        one.sample(hidden, num_steps=steps, generator=torch.Generator().manual_seed(0))
+        for one, steps in ((head, 10), (same, None))
+    )
+    assert torch.equal(drawn, expected) and head.calls == 10
+    assert [head.nearest_num_steps(count) for count in (1000, 499, 50, 49, 5, 2, 1)] == [
+        1000,
+        334,
+        50,
+        48,
+        5,
+        2,
+        1,
+    ]
+    for count in (1, 2, 48, 334):
+        head.check_num_steps(count)
+    with pytest.raises(ValueError, match="'ddim49'; no whole-number stride gives so many steps"):
+        head.check_num_steps(49)
+    with pytest.raises(ValueError, match="'ddim2000'; no whole-number stride"):
+        head.check_num_steps(head.nearest_num_steps(2000))
+    assert (head.sampling_steps, head.telling_steps) == (25, 25)
+    plain = small_head(num_sampling_steps="25")
+    assert (plain.sampling_steps, plain.telling_steps) == (25, 13)
+    assert plain.nearest_num_steps(49) == 49
+
+
 def test_respacing():
     assert respaced(1000) == list(range(1000))
     assert respaced("ddim25") == list(range(0, 1000, 40))
@@ -281,3 +312,43 @@ def test_bad_calls():
             head.sample(**arguments)
     with pytest.raises(ValueError, match="do not belong together"):
         head.loss(torch.randn(3, 5, 3), hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True])
+def test_densities_of_ways(guided):
+    """What a way gets on the go, all its steps get at once, and torch's normal distribution gives to each."""
+    torch.manual_seed(0)
+    head = DiffusionHead(3, 6, width=8, depth=2, num_sampling_steps=7)
+    hidden = torch.randn(4 if guided else 2, 2, 6)
+    guidance = torch.tensor([1.5, 3.0]) if guided else None
+    process = head.reverse_process(hidden, guidance, temperature=0.8)
+    way, density = process.walk(torch.randn(4, 3), torch.randn(5, 4, 3))
+    assert way.shape == (6, 4, 3) and head.calls == 5
+    expected = sum(
+        torch.distributions.Normal(*process.transition(way[i], 4 - i)).log_prob(way[i + 1]).sum(dim=1)
+        for i in range(5)
+    )
+    constant = 5 * 3 * 0.5 * math.log(2 * math.pi)
+    assert_close(density - constant, expected.double(), 1e-4)
+    head.calls = 0
+    assert_close(process.log_density(way), density, 1e-4)
+    assert head.calls == 1
+    rows = torch.tensor([3, 0, 3])
+    assert_close(process.select(rows).log_density(way[:, rows]), density[rows], 1e-4)
+
+
+@torch.no_grad()
+def test_a_way_is_what_sample_draws():
+    """But for the noise of the last step."""
+    torch.manual_seed(0)
+    head = DiffusionHead(3, 6, width=8, depth=2, num_sampling_steps=7)
+    hidden = torch.randn(4, 2, 6)
+    torch.manual_seed(1)
+    drawn = head.sample(hidden, 2.0)
+    torch.manual_seed(1)
+    start = torch.randn(2, 2, 3)
+    noise = [torch.randn(4, 2, 3)[:2].flatten(0, 1) for _ in range(7)]
+    noise[-1].zero_()
+    way, _ = head.reverse_process(hidden, 2.0).walk(start.flatten(0, 1), torch.stack(noise))
+    assert_close(way[-1].view(2, 2, 3), drawn, 1e-5)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from hf_argen import MarForImageGeneration
+from hf_argen.modeling.heads.categorical import CategoricalHead
 from hf_argen.modeling.heads.energy import EnergyHead
 from hf_argen.modeling.heads.flow import TIME_SCALE, FlowHead
 from hf_argen.modeling.heads.mixture import Mixture, MixtureHead
 from hf_argen.modeling.heads.registry import HEADS, build_head
 from hf_argen.modeling.heads.shortcut import ShortcutHead
 
+from ..helpers.enumerator import Enumerator, assert_same_distribution
 from ..helpers.tiny import SMALL_HEADS, mar_config, tiny_mar
 
 MEAN, STD = 0.7, 0.4  # of the normal distribution that the exact networks know
@@ -375,3 +377,39 @@ def test_bad_options_of_sample(kind):
     if "num_steps" in head.sample_options():
         with pytest.raises(ValueError, match=r"num_(sampling_)?steps"):
             head.sample(hidden, num_steps=0)
+
+
+# Ids
+
+
+@torch.no_grad()
+def test_categorical_head_draws_its_guided_softmax():
+    """Every branch followed: guidance of each row, temperature; the best ones without sampling."""
+    torch.manual_seed(0)
+    head, hidden, guidance = CategoricalHead(4, 3), torch.randn(4, 1, 4), torch.tensor([1.5, 3.0])
+    found = Enumerator().distribution(lambda: tuple(head.sample(hidden, guidance, 0.8).flatten().tolist()))
+    logits = head.out_proj(hidden)[:, 0]
+    scores = logits[2:] + guidance[:, None] * (logits[:2] - logits[2:])
+    first, second = (scores / 0.8).softmax(dim=-1).tolist()
+    expected = {(a, b): first[a] * second[b] for a in range(3) for b in range(3)}
+    assert_same_distribution(found, expected)
+    assert torch.equal(head.sample(hidden, guidance, do_sample=False)[:, 0], scores.argmax(dim=-1))
+    assert torch.equal(
+        head.sample(hidden, 1.5, do_sample=False)[0], head.sample(hidden, guidance, do_sample=False)[0]
+    )
+
+
+def test_categorical_loss_and_bad_input():
+    torch.manual_seed(0)
+    head, hidden = CategoricalHead(4, 3), torch.randn(2, 5, 4)
+    ids, mask = torch.randint(3, (2, 5)), torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
+    rows = mask.flatten().bool()
+    expected = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1)[rows], ids.flatten()[rows])
+    assert torch.isclose(head.loss(ids, hidden, mask), expected)
+    for arguments, message in (
+        ((hidden, None, 0.0), "temperature is 0.0; a categorical head needs a number above 0"),
+        ((hidden[:1], 2.0), "hidden has 1 rows; with guidance there are as many conditional"),
+        ((hidden[0],), r"hidden has the shape \(5, 4\); this head takes \(batch, n, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head.sample(*arguments)

@@ -394,11 +394,17 @@ class TestMar(ContinuousFamilyTests):
     num_tokens = 16
     num_hidden = 12
     picture = (3, 8, 8)
-    decodings = ["diffusion_step_annealing", "masked"]
+    decodings = ["continuous_speculative", "diffusion_step_annealing", "masked"]
 
     def make_decoding(self, name):
-        steps = {"most_head_steps": 4, "least_head_steps": 2} if name != "masked" else {}
-        return {"type": name, "num_steps": 3, **steps}
+        options = {
+            "masked": {},
+            "diffusion_step_annealing": {"most_head_steps": 4, "least_head_steps": 2},
+            "continuous_speculative": {"draft_length": 1, "max_trials": 2},
+        }[name]
+        if name == "continuous_speculative":
+            options["drafter"] = MarForImageGeneration(self.make_config(num_hidden_layers=1))
+        return {"type": name, "num_steps": 3, **options}
 
     def make_config(self, **changes) -> MarConfig:
         return mar_config(**changes)

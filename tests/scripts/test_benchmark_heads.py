@@ -32,7 +32,8 @@ def folders(load_script, emoji, tmp_path_factory):
     training.TEXT_ENCODER |= {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
     for head in training.HEADS.values():
         head |= {"width": 16, "depth": 1}
-    for head in ("flow", "energy"):
+    training.HEADS["diffusion"]["num_sampling_steps"] = 4
+    for head in ("flow", "energy", "diffusion", "drafter"):
         model = training.build_model(training.build_tokenizer(), processor, head)
         model.save_pretrained(base / head)
         processor.save_pretrained(base / head)
@@ -73,6 +74,21 @@ def test_the_table_and_the_sheets(script, folders, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(script.Bench, "measure", None)
     run(script, monkeypatch, *options)
     assert capsys.readouterr().out == printed
+
+
+def test_a_drafter_adds_its_lines(script, folders, tmp_path, monkeypatch, capsys):
+    """For models with a diffusion head alone; the exact decoding and the authors' rule."""
+    script.DRAFTED = tuple({**one, "num_steps": 2, "draft_length": 1} for one in script.DRAFTED)
+    options = [str(folders / "energy"), str(folders / "diffusion"), "--count", "1", "--pairs", "1"]
+    options += ["--batch-sizes", "1", "--output", str(tmp_path), "--dtype", "float32"]
+    options += ["--decodings", '{"type": "masked", "num_steps": 2}', "--drafter", str(folders / "drafter")]
+    run(script, monkeypatch, *options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "continuous_speculative" in line]
+    assert len(lines) == 2
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[:2] == ["diffusion", "diffusion"] and cells[-1] == "CSpD 2.33x"
+        assert "drafter=drafter" in cells[2] and float(cells[5]) > 1
 
 
 def test_what_cannot_be_measured_is_refused(script, folders, tmp_path, monkeypatch):

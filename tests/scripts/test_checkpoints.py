@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from hf_argen import Chain, Eagle, EagleDrafter, ExactMatch, LlamaGenVQModel, SpeculativeDecoding, generate
-from hf_argen.data.emoji import EmojiSet, psnr
+from hf_argen import (
+    AutoModelForImageGeneration,
+    Chain,
+    Eagle,
+    EagleDrafter,
+    ExactMatch,
+    LlamaGenVQModel,
+    SpeculativeDecoding,
+    generate,
+)
+from hf_argen.data.emoji import EmojiSet, accuracy, psnr
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TOKENIZER = CHECKPOINTS / "emoji-vq"
@@ -33,6 +42,16 @@ def test_pictures_survive_it(load_script):
     assert tokenizer.encode(pictures[:1]).shape == (1, 256)
     found = script.reconstruct(tokenizer, pictures)
     assert psnr(found, pictures.add(1).mul(0.5), value_range=1.0).mean() >= 26
+
+
+def test_a_next_token_model_draws_what_it_is_asked_for(load_script):
+    """Captions are read and pictures are whole; by chance one in 1,391 would be right."""
+    script = load_script("evaluate_emoji")
+    model = AutoModelForImageGeneration.from_pretrained(CHECKPOINTS / "emoji-rar", dtype="bfloat16").eval()
+    processor = AutoProcessor.from_pretrained(CHECKPOINTS / "emoji-rar")
+    emoji = EmojiSet.load(64)
+    targets, prompts = emoji.prompts(count=16)
+    assert accuracy(script.draw(model, processor, prompts), targets, emoji.font) >= 0.4
 
 
 def read_prompts(category: str, count: int) -> list[str]:

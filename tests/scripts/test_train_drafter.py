@@ -91,13 +91,16 @@ def test_the_model_is_trained_and_goes_on(small):
 def options_of(script, folder, method, output, *more):
     short = "--window 32 --windows 24 --batch-size 4 --save-steps 3 --warmup-steps 1"
     paths = ["--data", str(folder / "train.npy"), "--output", str(output)]
-    return script.parse([str(folder / "model"), "--method", method, *paths, *short.split(), *more])
+    return script.parse(
+        [str(folder / "model"), "--method", method.split()[-1], *paths, *short.split(), *more]
+    )
 
 
 METHODS = {
     "medusa": [],
     "eagle": ["--steps", "2"],
     "eagle3": ["--steps", "2", "--feature-layers", "0", "1", "1", "--draft-vocab", "120", "--speculators"],
+    "narrow eagle3": ["--steps", "2", "--feature-layers", "0", "1", "-1", "--hidden-size", "16"],
 }
 
 
@@ -121,6 +124,8 @@ def test_drafters_are_trained(small, load_script, method, tmp_path, capsys):
         assert torch.equal(written.draft_ids, whole.draft_ids) and len(set(whole.draft_ids.tolist())) == 120
         with pytest.raises(SystemExit):
             script.parse(["model", "--method", "eagle", "--data", "x", "--output", "y", "--speculators"])
+    if method.startswith("narrow"):
+        assert whole.config.hidden_size == 16 and whole.embed_tokens.weight.requires_grad
     network = (MedusaHeads if method == "medusa" else Eagle).from_pretrained(tmp_path / "drafter")
     target = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     ids = torch.from_numpy(np.load(folder / "held_out.npy")[:20].astype(np.int64))[None]
@@ -146,6 +151,32 @@ def test_what_is_learnt(small, load_script, method, tmp_path, capsys):
         shares.append([float(share) for share in line.split(", ")])
     assert all(0 <= share <= 1 for both in shares for share in both)
     assert sum(shares[1]) > sum(shares[0])
+
+
+@pytest.mark.parametrize("width", ["32", "7", "0"])
+def test_a_width_that_cannot_be(small, load_script, width, tmp_path):
+    _, folder, _ = small
+    script = load_script("train_drafter")
+    options = options_of(
+        script, folder, "eagle3", tmp_path, "--feature-layers", "0", "1", "1", "--hidden-size", width
+    )
+    if width == "32":  # the language model's own is none
+        target = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert not script.new_eagle(target, options, np.zeros((1, 4), np.int64)).config.has_embedding
+        return
+    with pytest.raises(ValueError, match=f"--hidden-size is {width}; it must be below"):
+        script.train(options)
+
+
+def test_a_narrow_drafter_begins_with_the_language_models_distances(load_script):
+    script = load_script("train_drafter")
+    torch.manual_seed(0)
+    weight = torch.randn(20, 4) @ torch.randn(4, 16)  # four directions hold all of it
+    assert torch.allclose(
+        torch.cdist(script.main_components(weight, 4), script.main_components(weight, 4)),
+        torch.cdist(weight, weight),
+        atol=1e-3,
+    )
 
 
 def test_the_steps_of_training_are_those_of_drafting(load_script):

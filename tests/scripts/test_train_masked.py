@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, T5Config
 
 from hf_argen import AutoModelForImageGeneration, Decoding, MarForImageGeneration
 
@@ -42,9 +42,13 @@ def options(tmp_path_factory, monkeypatch):
     return argparse.Namespace(output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0)
 
 
-@pytest.mark.parametrize("head", ["diffusion", "shortcut"])
-def test_a_model_is_trained_and_saved(script, emoji, options, head):
-    """The second starts from the transformer of the first."""
+def test_models_are_trained_and_saved(script, emoji, options):
+    """The second starts from the transformer of the first, so they are one test, which no worker can split."""
+    for head in ("diffusion", "shortcut"):
+        train_and_save(script, emoji, options, head)
+
+
+def train_and_save(script, emoji, options, head):
     folder = options.output
     tokenizer = folder / "tokenizer" / "model.safetensors"
     before = tokenizer.stat().st_mtime_ns if tokenizer.is_file() else None
@@ -95,13 +99,24 @@ def test_a_killed_run_goes_on(script, emoji, options, tmp_path):
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
+def test_how_a_run_began_is_kept(script, tmp_path):
+    """A transformer that is there only later changes nothing; the model itself and its drafter start anew."""
+    assert script.trained_transformer(tmp_path, "flow") is None
+    (tmp_path / "emoji-mar-diffusion").mkdir()
+    (tmp_path / "emoji-mar-diffusion" / "config.json").touch()
+    assert script.trained_transformer(tmp_path, "flow") is None
+    assert script.trained_transformer(tmp_path, "energy") == tmp_path / "emoji-mar-diffusion"
+    assert script.trained_transformer(tmp_path, "diffusion") is None
+    assert script.trained_transformer(tmp_path, "drafter") is None
+
+
 def test_sizes(script):
     """The models of the script fit into 12 MB in bfloat16, and every head's options are those it has."""
     tokenizer, mar, text, heads = script.full_sizes
     for name, head in heads.items():
         config = script.MarConfig(
             image_tokenizer_config=script.KlVaeConfig(**tokenizer),
-            text_encoder_config=script.T5Config(vocab_size=2048, **text),
+            text_encoder_config=T5Config(vocab_size=2048, **text),
             head_config={"type": name, **head},
             **mar,
         )

@@ -37,7 +37,13 @@ def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, m
     shared = sys.modules["emoji_training"]
     monkeypatch.setattr(shared, "PROMPTS", shared.PROMPTS[:2])
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
-    options = argparse.Namespace(output=folder, sheets=folder / "sheets", seed=0, save_minutes=60.0)
+    options = argparse.Namespace(
+        **dict.fromkeys(("text_encoder", "start", "corruption")),
+        output=folder,
+        sheets=folder / "sheets",
+        seed=0,
+        save_minutes=60.0,
+    )
     tokenizer = folder / "tokenizer" / "model.safetensors"
     before = tokenizer.stat().st_mtime_ns if tokenizer.is_file() else None
     stages = [short(one) for one in (script.TOKENIZER_STAGE, script.STAGES[family])]
@@ -54,6 +60,68 @@ def test_a_model_is_trained_and_saved(script, emoji, family, tmp_path_factory, m
     drawn = again.generate(**prompts, generator=[torch.Generator().manual_seed(i) for i in range(2)])
     assert drawn.shape == (2, 256)
     assert again.generation_config.top_p == script.SAMPLING["top_p"]
+    if family == "rar":
+        assert str(folder) not in (folder / family / "config.json").read_text()
+        more = {"output": folder / "further", "start": folder / family, "corruption": (0.5, 0.1)}
+        options = argparse.Namespace(**vars(options) | more)
+        further, words = script.train(family, emoji, stages[0], replace(stages[1], epochs=1), options)
+        assert (
+            not (folder / "further" / "tokenizer").exists() and words(["red apple"]).keys() == prompts.keys()
+        )
+        assert further.randomness_ratio == 0.0
+        weights = (one.head.out_proj.weight.float() for one in (again, further))
+        assert 0 < torch.dist(*weights) < 1
+
+
+def test_a_first_head_looks_at_the_caption(script, emoji, tmp_path):
+    """Before any training one head of each layer reads little but the caption, and the others do not."""
+    processor = script.prompt_processor(emoji, tmp_path / "processor", script.LlamaGenProcessor)
+    torch.manual_seed(0)
+    model = script.build_llamagen(script.build_tokenizer(), processor).eval()
+    heads = model.config.num_attention_heads
+    ids = torch.randint(64, (2, 1, 256))
+    prompts = [processor([words]) for words in ("red apple", "two cats")]
+
+    @torch.no_grad()
+    def read(ids, prompt):
+        """What the heads of the first layer read for the last token, (heads, head_dim)."""
+        found = []
+        hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+            lambda module, inputs: found.append(inputs[0][0, -1].view(heads, -1))
+        )
+        model(input_ids=ids, **prompt)
+        hook.remove()
+        return found[0]
+
+    def by_caption():
+        """Of each head, how much more it changes with the caption than with the picture."""
+        here = read(ids[0], prompts[0])
+        other_caption, other_picture = read(ids[0], prompts[1]), read(ids[1], prompts[0])
+        return (here - other_caption).norm(dim=-1) / (here - other_picture).norm(dim=-1)
+
+    assert by_caption().max() < 1
+    script.begin_attention(model)
+    ratios = by_caption()
+    assert ratios[0] > 3 and ratios.argmax() == 0
+
+
+def test_a_text_encoder_that_was_trained_elsewhere(script, emoji, tmp_path):
+    processor = script.prompt_processor(emoji, tmp_path / "processor", script.LlamaGenProcessor)
+    tokenizer = script.build_tokenizer()
+    rar, llamagen = script.build_rar(tokenizer, processor), script.build_llamagen(tokenizer, processor)
+    assert script.encoder_of(rar) is rar.model.text_encoder
+    assert script.encoder_of(llamagen) is llamagen.text_encoder
+
+
+def test_pictures_are_read_with_fewer_random_tokens_in_the_end(script):
+    torch.manual_seed(0)
+    ids = torch.full((400, 50), 7)
+    shares = [
+        (script.CORRUPTION(ids, 64, progress) != 7).float().mean().item() for progress in (0.0, 0.5, 1.0)
+    ]
+    first, last = script.CORRUPTION.first, script.CORRUPTION.last
+    for share, most in zip(shares, (first, (first + last) / 2, last), strict=True):
+        assert abs(share - most / 2 * 63 / 64) < 0.03
 
 
 def test_the_text_encoder_learns(script, emoji, tmp_path):

@@ -27,6 +27,7 @@ from ...helpers.table_model import TableModel, distribution, run
 
 TREES = {
     "chain": Chain(2),
+    "chain that ends early": Chain(2, confidence=0.4),
     "two chains": IndependentSequences(2, 2),
     "three chains": IndependentSequences(3, 1),
     "drawn static": StaticTree([[0], [1], [0, 0]]),
@@ -50,7 +51,7 @@ def test_rejection_sampling_on_every_tree(name, drafter):
     assert_same_distribution(distribution(decoding, model, prompt, 3), plain(model, prompt, 3))
 
 
-@pytest.mark.parametrize("name", ["chain", "two chains", "three chains"])
+@pytest.mark.parametrize("name", ["chain", "chain that ends early", "two chains", "three chains"])
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
 def test_spectr(name, drafter):
     model, other = TableModel(3, 0), TableModel(3, 1)

@@ -237,6 +237,21 @@ def test_depth_is_kept_to(name, do_sample):
             assert all(len({tuple(pair) for pair in row}) == tree.size for row in pairs)
 
 
+def test_a_chain_ends_with_its_first_doubtful_draft():
+    """The third draft of the first row is doubtful, the second of the other: the third is that with which all end."""
+    peak, flat = [9.0, 0.0, 0.0], [0.1, 0.0, 0.0]
+    drafter = Recorded(
+        torch.tensor([[peak], [peak]]),
+        torch.tensor([[peak], [flat]]),
+        torch.tensor([[flat], [peak]]),
+        torch.tensor([[peak], [peak]]),
+    )
+    tree = Chain(4, confidence=0.5).grow(drafter, context(2), 9)
+    assert tree.tokens.shape == (2, 3) and tree.depth == 3
+    again = Recorded(torch.tensor([[peak]]), torch.tensor([[peak]]), torch.tensor([[flat]]))
+    assert Chain(2, confidence=0.5).grow(again, context(), 9).size == 2
+
+
 def test_paths_and_reach():
     tree = DraftTree(torch.tensor([[5, 6, 7, 8]]), 3, torch.tensor([[-1, -1, 0, 2]]), branching=2)
     passes = torch.tensor([[True, False, True, False]])
@@ -250,6 +265,7 @@ def test_paths_and_reach():
     "make, message",
     [
         (lambda: Chain(0), "length of Chain is 0"),
+        (lambda: Chain(confidence=1.0), "confidence of Chain is 1"),
         (lambda: IndependentSequences(k=0), "k of IndependentSequences is 0"),
         (lambda: OptTree(nodes=0), "nodes of OptTree is 0"),
         (lambda: OptTree(max_depth=1), "max_depth of OptTree is 1"),

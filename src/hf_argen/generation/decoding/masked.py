@@ -40,6 +40,12 @@ class Plan:
         """
         return self._between(self.known[step], self.known[step + 1], is_sorted)
 
+    def positions_of_rows(self, steps: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """As `positions`, of one step for each row; none of a row of which all steps are done."""
+        ends = [self.known[min(step, len(self.known) - 1)][row] for row, step in enumerate(steps)]
+        stops = [self.known[min(step + 1, len(self.known) - 1)][row] for row, step in enumerate(steps)]
+        return self._between(ends, stops, is_sorted=True)
+
     def remaining(self, step: int) -> tuple[torch.Tensor, list[int]]:
         """As `positions`, of all that are not known before a step."""
         return self._between(self.known[step], self.known[-1], is_sorted=True)
@@ -115,20 +121,44 @@ class Masked(Decoding):
         noise = self.randomize_temperature
         if noise is not None and not (isinstance(noise, Real) and 0 <= noise < math.inf):
             raise ValueError(f"randomize_temperature is {noise!r}; it must be a number, 0 or above.")
-        if isinstance(self.order, torch.Tensor):
-            self.order = self.order.tolist()
-        if isinstance(self.order, str) and self.order not in ORDERS:
+        if isinstance(self.order, str):
+            if self.order not in ORDERS:
+                raise ValueError(
+                    f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation."
+                )
+        else:
+            self.order = self.as_positions(self.order)
+
+    @staticmethod
+    def as_positions(order: Any) -> list:
+        """A permutation, or a list of them, from what users write: lists, tuples, tensors, arrays."""
+        try:
+            found = torch.as_tensor(order.tolist() if hasattr(order, "tolist") else list(order))
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.zeros(())
+        if found.ndim not in (1, 2) or found.is_floating_point() or found.dtype == torch.bool:
             raise ValueError(
-                f"order is {self.order!r}; known are {', '.join(ORDERS)}, or give a permutation."
+                f"order is {order!r}; give one of {', '.join(ORDERS)}, or a permutation of the positions, one for all pictures "
+                "or a list of one for each."
             )
-        if not isinstance(self.order, str):
-            self.order = [
-                list(map(int, row)) if isinstance(row, list | tuple) else int(row) for row in self.order
-            ]
+        return found.tolist()
 
     # The loop
 
     def run(self, request: Request) -> DecodingResult:
+        draws, plan = self.open(request)
+        num_steps, taken = len(plan.known) - 1, 0
+        while taken < num_steps:
+            if taken and self.is_over(request):
+                self.draw_rest(request, draws, plan, plan.known[taken])
+                taken += 1
+                break
+            self.step(request, request.predictor, draws, plan, taken, num_steps)
+            taken += 1
+        return self.result(request, draws, plan, taken)
+
+    def open(self, request: Request) -> tuple[Draws, Plan]:
+        """Checks and reads a request; what draws its tokens, and in which order."""
         self.check(request)
         predictor = request.predictor
         predictor.start(request.inputs)
@@ -137,15 +167,16 @@ class Masked(Decoding):
         plan = self.plan(request, predictor)
         if request.edit is not None:
             self.keep_source(request, predictor, plan)
-        taken = 0
-        for step in range(len(plan.known) - 1):
-            if taken and request.stopping_criteria and self.is_over(request, predictor):
-                plan = Plan(plan.orders, [plan.known[step], plan.known[-1]])
-                self.step(request, predictor, draws, plan, 0, 1)
-                taken += 1
-                break
-            self.step(request, predictor, draws, plan, step, len(plan.known) - 1)
-            taken += 1
+        return draws, plan
+
+    def draw_rest(self, request: Request, draws: Draws, plan: Plan, known: list[int]) -> None:
+        """Draws all tokens at once that are not among the first `known` of each row."""
+        plan = Plan(plan.orders, [known, plan.known[-1]])
+        self.step(request, request.predictor, draws, plan, 0, 1)
+
+    def result(self, request: Request, draws: Draws, plan: Plan, taken: int) -> DecodingResult:
+        """What `taken` steps gave."""
+        predictor = request.predictor
         sequences = request.model.from_tokens(predictor.tokens)
         return DecodingResult(
             sequences=sequences,
@@ -188,17 +219,32 @@ class Masked(Decoding):
             positions, counts = plan.positions(step, is_sorted=False)
         predictor.commit(tokens, positions, counts)
         draws.committed(places, positions)
-        if request.streamer is not None:
-            request.streamer.put(request.model.decode_images(request.model.from_tokens(predictor.tokens)))
+        self.stream(request)
 
     @staticmethod
-    def guidance(predictor: MaskedPredictor, plan: Plan, step: int, num_steps: int) -> float | torch.Tensor:
+    def stream(request: Request) -> None:
+        """Shows the pictures so far, where that is asked for."""
+        if request.streamer is not None:
+            tokens = request.predictor.tokens
+            request.streamer.put(request.model.decode_images(request.model.from_tokens(tokens)))
+
+    @classmethod
+    def guidance(
+        cls, predictor: MaskedPredictor, plan: Plan, step: int, num_steps: int
+    ) -> float | torch.Tensor:
         """Weight of the conditional prediction; one for each row (batch,) where they know unequal numbers of tokens."""
-        # The authors count one token as hidden to the end.
-        known = [min(count, predictor.capacity - 1) for count in plan.known[step + 1]]
-        weights = [1 + predictor.strength(step, num_steps, count) for count in known]
+        weights = cls.weights(predictor, plan, [step] * predictor.batch_size, num_steps)
         same = all(weight == weights[0] for weight in weights)
         return weights[0] if same else torch.tensor(weights, device=predictor.tokens.device)
+
+    @staticmethod
+    def weights(predictor: MaskedPredictor, plan: Plan, steps: list[int], num_steps: int) -> list[float]:
+        """Weight of the conditional prediction in each row, of one step for each."""
+        # The authors count one token as hidden to the end.
+        known = [min(plan.known[step + 1][row], predictor.capacity - 1) for row, step in enumerate(steps)]
+        return [
+            1 + predictor.strength(step, num_steps, count) for step, count in zip(steps, known, strict=True)
+        ]
 
     def head_options(
         self, request: Request, predictor: MaskedPredictor, plan: Plan, step: int
@@ -207,9 +253,12 @@ class Masked(Decoding):
         return {}
 
     @staticmethod
-    def is_over(request: Request, predictor: MaskedPredictor) -> bool:
+    def is_over(request: Request) -> bool:
         """Whether time is up; what is left is then predicted at once."""
-        empty = torch.zeros(predictor.batch_size, 0, dtype=torch.long, device=predictor.tokens.device)
+        if not request.stopping_criteria:
+            return False
+        tokens = request.predictor.tokens
+        empty = torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)
         return bool(request.stopping_criteria(empty, None).all())
 
     # The plan

@@ -151,7 +151,7 @@ class IdDraws(Draws):
             strength = 0.0 if step.guidance is None else float(step.guidance) - 1
             passes = self.predictor.passes(strength)
             self.request.model.draw_ahead_of_step(self.predictor.batch_size, passes, self.request.generator)
-        logits = self._guided(self.head(hidden), step.guidance)
+        logits = self.head.guided(hidden, step.guidance)
         finite = torch.isfinite(logits).all()
         self.finite = finite if self.finite is None else self.finite & finite
         self._drawn = logits
@@ -161,10 +161,8 @@ class IdDraws(Draws):
         if adds_noise:
             size = (self.predictor.batch_size, self.predictor.capacity, scores.shape[-1])
             ids = (scores + scale * self._gumbel(size, step.positions)).argmax(dim=-1)
-        elif draws:
-            ids = sampling.draw(scores, self.request.generator)
         else:
-            ids = scores.argmax(dim=-1)
+            ids = self.head.draw(scores, self.request.generator, draws)
         tokens = ids.unsqueeze(-1)
         if not step.is_sorted:
             return tokens, None
@@ -173,13 +171,6 @@ class IdDraws(Draws):
         if adds_noise:
             confidence = confidence + scale * self._gumbel(size[:2], step.positions)
         return tokens, confidence
-
-    @staticmethod
-    def _guided(logits: torch.Tensor, guidance: float | torch.Tensor | None) -> torch.Tensor:
-        if guidance is None:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return conditional + (guidance - 1) * (conditional - unconditional)
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         rows = logits.reshape(-1, logits.shape[-1])

@@ -1,7 +1,8 @@
 """Predictor of masked models (MAR, arXiv 2406.11838): one call predicts hidden tokens at any positions."""
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +17,7 @@ class MaskedPredictor(Predictor):
 
     What is committed are tokens at positions. The model sees all of them from both sides, so nothing of a call can be kept
     for the next one. Rows may have unequal numbers of tokens. A causal model, which has `next_states`, keeps keys and values;
-    its tokens are committed row by row of the picture, as many in every row.
+    its tokens are committed row by row of the picture.
 
     Args:
         model: the masked model.
@@ -54,7 +55,16 @@ class MaskedPredictor(Predictor):
         self._known = torch.zeros(self.batch_size, self.capacity + 1, dtype=torch.bool, device=device)
         self.lengths = [0] * self.batch_size
         self._cache: PreallocatedCache | None = None
-        self._next = 0  # with a cache, the place that it leads to
+        self._next = 0  # the places before it need not be read again, with a cache
+
+    def for_model(self, model: Any) -> Self:
+        """A predictor of another model with the same guidance."""
+        return type(self)(model, self.guidance)
+
+    def adopt(self, other: Self) -> None:
+        """Takes what is committed in a predictor of another model of the same tokens for its own."""
+        self._tokens, self._known, self.lengths = other._tokens, other._known, other.lengths
+        self._next = min(self._next, *self.lengths)
 
     @property
     def length(self) -> torch.Tensor:
@@ -112,22 +122,69 @@ class MaskedPredictor(Predictor):
     def why_not_compiled(self) -> str | None:
         return "a causal model has a longer past at every step" if self.model.config.causal else None
 
+    def predict_ahead(
+        self, drafts: torch.Tensor, positions: torch.Tensor, counts: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """
+        One call for several steps, each of which sees the drafts of those before it as if they were known.
+
+        Args:
+            drafts: (batch, steps - 1, n, token_size), at the first of these positions.
+            positions: (batch, steps, n) int64; those equal to `capacity` pad.
+            counts: for each step but the last, the tokens of each row that are none of padding.
+
+        Returns:
+            what the head draws from at each step, (batch, steps, n, dim); guided, (2 * batch, steps, n, dim).
+        """
+        steps = positions.shape[1]
+        ahead = copy(self)
+        before = positions[:, :-1]
+        if self.model.config.causal:
+            numbers = [sum(step[row] for step in counts) for row in range(self.batch_size)]
+            ahead.commit(drafts.flatten(1, 2), before.flatten(1, 2), numbers)
+            hidden = self._read(ahead._tokens, max(ahead.lengths))
+            return self._at(hidden, positions.flatten(1)).unflatten(1, (steps, -1))
+        ahead.fork(steps)
+        order = torch.arange(steps, device=positions.device)
+        is_seen = (order[:-1] < order[:, None])[None, :, :, None]
+        places = torch.where(is_seen, before.unsqueeze(1), self.capacity).flatten(0, 1).flatten(1)
+        shown = drafts.unsqueeze(1).expand(-1, steps, -1, -1, -1).flatten(0, 1).flatten(1, 2)
+        known = [
+            sum(step[row] for step in counts[:place])
+            for row in range(self.batch_size)
+            for place in range(steps)
+        ]
+        ahead.commit(shown, places, known)
+        hidden = ahead.predict(positions=positions.flatten(0, 1))
+        self.calls += 1
+        return hidden.unflatten(0, (-1, steps))
+
     def _predict_next(self) -> torch.Tensor:
-        """Hidden states of the place after the known tokens, (rows, 1, dim)."""
-        known, config = self.lengths[0], self.model.config
+        """Hidden states of the place after the known tokens of each row, (rows, 1, dim)."""
+        return self._at(self._read(self._tokens, max(self.lengths)), self.length[:, None])
+
+    def _read(self, tokens: torch.Tensor, last: int) -> torch.Tensor:
+        """Hidden states of the places from that after the tokens of the shortest row to `last`, (rows, n, dim)."""
+        config, first = self.model.config, min(self.lengths)
+        start, prefix = min(self._next, first), self._conditions["prefix"].shape[1]
         if self._cache is None:
             layers = config.num_hidden_layers + config.decoder_num_hidden_layers
-            room = self._conditions["prefix"].shape[1] + self.capacity
-            self._cache = PreallocatedCache(layers, room, fixed=True)
-        new = self._tokens[:, max(self._next - 1, 0) : known]
+            self._cache = PreallocatedCache(layers, prefix + self.capacity, fixed=True)
+        self._cache.truncate(prefix + start if start else 0)
+        new = tokens[:, max(start - 1, 0) : min(last, self.capacity - 1)]
         if self.is_guided:
             new = new.repeat(2, 1, 1)
-        hidden = self.model.model.next_states(
-            new, self._next, **self._conditions, past_key_values=self._cache
-        )
-        self._next = known + 1
+        hidden = self.model.model.next_states(new, start, **self._conditions, past_key_values=self._cache)
+        self._next = first + 1  # what a shorter row or a draft showed there does not count
         self.calls += 1
-        return hidden[:, -1:]
+        return hidden[:, first - start :]
+
+    def _at(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of hidden states from `_read`, those at positions (batch, n)."""
+        places = (positions - min(self.lengths)).clamp(min=0, max=hidden.shape[1] - 1)
+        if self.is_guided:
+            places = places.repeat(2, 1)
+        return hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def commit(self, keep: torch.Tensor, positions: torch.Tensor, count: Sequence[int] | None = None) -> None:
         """

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...generation import sampling
+from ...generation.sampling import Generators
 from ..layers.precision import suited
+from .continuous import check_draw
 
 
 class CategoricalHead(nn.Module):
@@ -28,8 +31,75 @@ class CategoricalHead(nn.Module):
         """Logits in float32, whatever the dtype of the weights."""
         return self.out_proj(suited(hidden_states, self.out_proj)).float()
 
+    def loss(
+        self,
+        target: torch.Tensor,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """
+        Mean cross-entropy.
+
+        Args:
+            target: (batch, n) int64 ids; those of -100 do not count.
+            hidden: (batch, n, hidden_size).
+            mask: (batch, n), nonzero where an id counts; default: all.
+
+        Returns:
+            scalar float32.
+        """
+        if mask is not None:
+            target = torch.where(mask.bool(), target, -100)
+        return self.cross_entropy(self(hidden), target, label_smoothing)
+
+    def guided(self, hidden: torch.Tensor, guidance: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (batch, n, vocab_size) float32, of conditional and unconditional hidden states; see `sample`."""
+        logits = self(hidden)
+        if guidance is None:
+            return logits
+        if isinstance(guidance, torch.Tensor):
+            guidance = guidance.view(-1, 1, 1)
+        conditional, unconditional = logits.chunk(2)
+        return conditional + (guidance - 1) * (conditional - unconditional)
+
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        guidance: float | torch.Tensor | None = None,
+        temperature: float = 1.0,
+        generator: Generators = None,
+        do_sample: bool = True,
+    ) -> torch.Tensor:
+        """
+        One id for each hidden state.
+
+        Args:
+            hidden: (batch, n, hidden_size); with `guidance` (2 * batch, n, hidden_size), conditional rows first.
+            guidance: weight of the conditional against the unconditional logits, or one for each row (batch,); `None`: no
+                guidance.
+            temperature: above 0; divides the logits.
+            generator: one, or one per row; `None` is torch's global one.
+            do_sample: `False` takes the likeliest.
+
+        Returns:
+            (batch, n) int64.
+
+        Raises:
+            ValueError: a value out of range, an odd number of rows with guidance.
+        """
+        check_draw(self.head_type, self.out_proj.in_features, hidden, guidance, temperature)
+        return self.draw(self.guided(hidden, guidance) / temperature, generator, do_sample)
+
     @staticmethod
-    def loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    def draw(scores: torch.Tensor, generator: Generators, do_sample: bool) -> torch.Tensor:
+        """Ids (batch, n) from scores (batch, n, vocab_size): drawn, or the best ones."""
+        return sampling.draw(scores, generator) if do_sample else scores.argmax(dim=-1)
+
+    @staticmethod
+    def cross_entropy(
+        logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         """Mean cross-entropy of logits (..., vocab_size) against labels (...); labels of -100 do not count."""
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
 

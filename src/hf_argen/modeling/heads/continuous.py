@@ -119,27 +119,22 @@ class ContinuousHead(nn.Module):
         Raises:
             ValueError: a value out of range, an odd number of rows with guidance, an unknown option.
         """
-        if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden has the shape {tuple(hidden.shape)}; this head takes (batch, n, {self.hidden_size})."
-            )
-        if guidance is not None and len(hidden) % 2:
-            raise ValueError(
-                f"hidden has {len(hidden)} rows; with guidance there are as many conditional as unconditional ones."
-            )
-        if not 0 < temperature < math.inf:
-            raise ValueError(
-                f"temperature is {temperature}; a {self.head_type} head needs a number above 0 (do_sample=False draws "
-                "nothing)."
-            )
+        guidance = self.checked_guidance(hidden, guidance, temperature)
         if unknown := options.keys() - self.sample_options():
             raise ValueError(
                 f"A {self.head_type} head has no option {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(sorted(self.sample_options())) or 'none'}."
             )
-        if isinstance(guidance, torch.Tensor):
-            guidance = guidance.repeat_interleave(hidden.shape[1]).unsqueeze(-1)
         return self.draw(hidden, guidance, temperature, generator, do_sample, **options)
+
+    def checked_guidance(
+        self, hidden: torch.Tensor, guidance: float | torch.Tensor | None, temperature: float
+    ) -> float | torch.Tensor | None:
+        """Refuses what `sample` does; guidance of several rows as (batch * n, 1)."""
+        check_draw(self.head_type, self.hidden_size, hidden, guidance, temperature)
+        if isinstance(guidance, torch.Tensor):
+            return guidance.repeat_interleave(hidden.shape[1]).unsqueeze(-1)
+        return guidance
 
     @classmethod
     def sample_options(cls) -> set[str]:
@@ -173,6 +168,28 @@ def check_sizes(head_type: str, **sizes: Any) -> None:
             raise ValueError(
                 f"{name} of the {head_type} head is {value!r}; it must be a whole number of at least 1."
             )
+
+
+def check_draw(
+    head_type: str,
+    hidden_size: int,
+    hidden: torch.Tensor,
+    guidance: float | torch.Tensor | None,
+    temperature: float,
+) -> None:
+    """Refuses hidden states, guidance and temperature from which a head cannot draw."""
+    if hidden.ndim != 3 or hidden.shape[-1] != hidden_size:
+        raise ValueError(
+            f"hidden has the shape {tuple(hidden.shape)}; this head takes (batch, n, {hidden_size})."
+        )
+    if guidance is not None and len(hidden) % 2:
+        raise ValueError(
+            f"hidden has {len(hidden)} rows; with guidance there are as many conditional as unconditional ones."
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; a {head_type} head needs a number above 0 (do_sample=False draws nothing)."
+        )
 
 
 def per_row(draw: Any, batch: int, multiplier: int, generator: Generators) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 from ...generation.sampling import Generators
 from .adaln_mlp import AdaLNMLP
 from .continuous import ContinuousHead, check_sizes, per_row
-from .noise_schedule import TRAINING_STEPS, NoiseSchedule, noise_schedule, respaced
+from .noise_schedule import TRAINING_STEPS, NoiseSchedule, noise_schedule, respaced, step_back
+from .reverse_process import ReverseProcess, guided_step_back
 
 HALF_STEP = 1 / 255  # of the brightness scale for which the likelihood of the first step was made
 LEAST_PROBABILITY = 1e-12
@@ -22,7 +23,9 @@ class DiffusionHead(ContinuousHead):
     Args:
         token_size, hidden_size, batch_multiplier: see [`ContinuousHead`].
         width, depth: of the network.
-        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes.
+        num_sampling_steps: steps back in generation, at most 1000; see [`respaced`] for the forms it takes. "ddimN" leaves out
+            the last training step, from which the way back multiplies errors by several hundred: take it for small heads and
+            short trainings.
     """
 
     head_type = "diffusion"
@@ -108,8 +111,35 @@ class DiffusionHead(ContinuousHead):
     def sample_options(cls) -> set[str]:
         return {"num_steps"}
 
+    @property
+    def sampling_steps(self) -> int:
+        """How many steps `num_sampling_steps` are."""
+        return len(respaced(self.num_sampling_steps))
+
+    @property
+    def telling_steps(self) -> int:
+        """
+        How many of its last steps tell by their densities whether two heads lead to the same tokens: all, but half of those
+        that begin at the end of the training process, where the first one multiplies errors by several hundred.
+        """
+        steps = respaced(self.num_sampling_steps)
+        return len(steps) if steps[-1] < TRAINING_STEPS - 1 else -(-len(steps) // 2)
+
     def check_num_steps(self, num_steps: int) -> None:
-        respaced(num_steps)
+        respaced(self.spaced(num_steps))
+
+    def spaced(self, num_steps: int | str | None) -> int | str:
+        """Steps in the form that [`respaced`] takes; a number of them is spaced as the head's own are."""
+        if num_steps is None:
+            return self.num_sampling_steps
+        has_stride = str(self.num_sampling_steps).startswith("ddim") and isinstance(num_steps, int)
+        return f"ddim{num_steps}" if has_stride and num_steps > 1 else num_steps
+
+    def nearest_num_steps(self, num_steps: int) -> int:
+        if num_steps > TRAINING_STEPS or not str(self.spaced(num_steps)).startswith("ddim"):
+            return num_steps
+        counts = {-(-TRAINING_STEPS // stride) for stride in range(1, TRAINING_STEPS)}
+        return max(count for count in counts if count <= num_steps)
 
     def draw(
         self,
@@ -127,8 +157,7 @@ class DiffusionHead(ContinuousHead):
         Args:
             num_steps: in place of `num_sampling_steps`.
         """
-        steps = self.num_sampling_steps if num_steps is None else num_steps
-        process = noise_schedule(steps, hidden.device)
+        process = noise_schedule(self.spaced(num_steps), hidden.device)
         batch, n = len(hidden) // (1 if guidance is None else 2), hidden.shape[1]
         shape = (batch, n, self.token_size)
         start = self.normal(shape, hidden, generator, do_sample)
@@ -165,41 +194,37 @@ class DiffusionHead(ContinuousHead):
             noises: (rows, token_size) for each step, in the order of their use.
         """
         for step, noise in zip(reversed(range(len(noises))), noises, strict=True):
-            answer = self.net(tokens, times[step : step + 1], condition)
-            predicted, variance = answer.chunk(2, dim=-1)
-            if guidance is not None:
-                conditional, unconditional = predicted.chunk(2)
-                predicted = unconditional + guidance * (conditional - unconditional)
-                variance = variance[: len(tokens)]
-            mean, log_variance, _ = step_back(process, step, tokens, predicted, variance)
+            mean, log_variance = guided_step_back(
+                self.net, process, step, tokens, times[step : step + 1], condition, guidance
+            )
             tokens = mean if step == 0 else mean + torch.exp(0.5 * log_variance) * noise * temperature
         return tokens
 
+    def reverse_process(
+        self,
+        hidden: torch.Tensor,
+        guidance: float | torch.Tensor | None = None,
+        temperature: float = 1.0,
+        num_steps: int | str | None = None,
+    ) -> ReverseProcess:
+        """
+        The steps from noise to a token for each hidden state, with their densities.
 
-def step_back(
-    process: NoiseSchedule,
-    step: int | torch.Tensor,
-    noisy: torch.Tensor,
-    predicted: torch.Tensor,
-    variance: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The distribution of tokens one step back.
+        Args:
+            hidden, guidance, temperature: see `sample`.
+            num_steps: in place of `num_sampling_steps`.
 
-    Args:
-        step: number of the step, one for all or (rows, 1).
-        noisy: (rows, channels) at that step.
-        predicted: the noise in them.
-        variance: -1 for the least, 1 for the most log variance; not limited.
+        Returns:
+            a process of batch * n rows.
 
-    Returns:
-        mean, log variance, and the predicted tokens without noise.
-    """
-    share = (variance + 1) / 2
-    log_variance = share * process.most_log_variance[step] + (1 - share) * process.least_log_variance[step]
-    tokens = process.recip[step] * noisy - process.recipm1[step] * predicted
-    mean = process.of_token[step] * tokens + process.of_noisy[step] * noisy
-    return mean, log_variance, tokens
+        Raises:
+            ValueError: as `sample`.
+        """
+        guidance = self.checked_guidance(hidden, guidance, temperature)
+        process = noise_schedule(self.spaced(num_steps), hidden.device)
+        times = self.net.embed_times(process.timesteps)
+        condition = self.net.embed_condition(hidden).flatten(0, 1)
+        return ReverseProcess(self, process, times, condition, guidance, temperature)
 
 
 def normal_divergence(

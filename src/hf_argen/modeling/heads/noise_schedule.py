@@ -130,3 +130,29 @@ def noise_schedule(num_steps: int | str, device: torch.device) -> NoiseSchedule:
             timesteps=torch.tensor(kept, device=device),
             **{name: torch.from_numpy(table).float().to(device) for name, table in tables.items()},
         )
+
+
+def step_back(
+    process: NoiseSchedule,
+    step: int | torch.Tensor,
+    noisy: torch.Tensor,
+    predicted: torch.Tensor,
+    variance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The distribution of tokens one step back.
+
+    Args:
+        step: number of the step, one for all or (rows, 1).
+        noisy: (rows, channels) at that step.
+        predicted: the noise in them.
+        variance: -1 for the least, 1 for the most log variance; not limited.
+
+    Returns:
+        mean, log variance, and the predicted tokens without noise.
+    """
+    share = (variance + 1) / 2
+    log_variance = share * process.most_log_variance[step] + (1 - share) * process.least_log_variance[step]
+    tokens = process.recip[step] * noisy - process.recipm1[step] * predicted
+    mean = process.of_token[step] * tokens + process.of_noisy[step] * noisy
+    return mean, log_variance, tokens

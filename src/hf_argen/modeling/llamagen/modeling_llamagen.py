@@ -443,7 +443,7 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         if valid is None:
-            return self.head.loss(logits, labels)
+            return self.head.cross_entropy(logits, labels)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         weights = valid[:, None].to(losses.dtype) * (labels != -100)
         return (losses * weights).sum() / weights.sum().clamp(min=1)

@@ -378,7 +378,7 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
             output_hidden_states=output_hidden_states,
         )
         logits = self.head(outputs.last_hidden_state[:, PREFIX - 1 :])
-        loss = None if labels is None else self.head.loss(logits, labels)
+        loss = None if labels is None else self.head.cross_entropy(logits, labels)
         output = RarOutput(loss=loss, logits=logits, orders=orders, hidden_states=outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 

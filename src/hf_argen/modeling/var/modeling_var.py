@@ -349,7 +349,9 @@ class VarForImageGeneration(ImageModelMixin, VectorConditionMixin, VarPreTrained
         features = quantizer.scale_inputs(input_ids, self.config.grid_sizes)
         outputs = self.model(condition, features, 0, num_scales, output_hidden_states=output_hidden_states)
         logits = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else self.head.loss(logits, labels, self.config.label_smoothing)
+        loss = (
+            None if labels is None else self.head.cross_entropy(logits, labels, self.config.label_smoothing)
+        )
         output = VarOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return output if return_dict is not False else output.to_tuple()
 

@@ -101,9 +101,12 @@ class AdaptiveRow(TextRow):
         """Weights of the tokens after two; none where these were never seen."""
         return self.own.get(pair) or self.base.get(pair, {})
 
+    def context(self, path: list[int]) -> tuple[int, ...]:
+        return tuple((self.ids[-2:] + path)[-2:])
+
     def following(self, path: list[int]) -> Mapping[int, float]:
-        context = self.ids[-2:] + path
-        found = self.after((context[-2], context[-1])) if len(context) > 1 else {}
+        context = self.context(path)
+        found = self.after((context[0], context[1])) if len(context) == 2 else {}
         return found or Counter(self.ids[-self.options.window :])
 
 
@@ -140,10 +143,10 @@ class Search:
         self.tree, self.row, self.depth = tree, row, depth
         self.token, self.prior, self.parent = [-1], [0.0], [-1]
         self.level, self.visits, self.gain = [0], [0], [0.0]
-        self.path: list[list[int]] = [[]]
         self.children: list[range | None] = [None]  # `None`: not looked at yet
         self.worth: list[float | None] = [None]  # what a visit gains
-        self._best: dict[tuple[int, ...], tuple[int, float]] = {}  # after a path
+        # After a context, the likeliest first.
+        self._ranked: dict[tuple[int, ...], list[tuple[int, float]]] = {}
 
     def run(self) -> None:
         """Visits a place in every iteration."""
@@ -161,14 +164,27 @@ class Search:
                 self.gain[at] += worth
                 at = self.parent[at]
 
+    def _path(self, at: int) -> list[int]:
+        """The tokens of a place, from the first draft."""
+        path = []
+        while at:
+            path.append(self.token[at])
+            at = self.parent[at]
+        return path[::-1]
+
+    def _after(self, path: list[int]) -> list[tuple[int, float]]:
+        """Tokens that may follow with their weights, the likeliest first."""
+        context = self.row.context(path)
+        if (found := self._ranked.get(context)) is None:
+            weights = self.row.following(path)
+            found = self._ranked[context] = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+        return found
+
     def _open(self, at: int) -> None:
-        weights = self.row.following(self.path[at])
-        first, level, path = len(self.token), self.level[at] + 1, self.path[at]
-        for token, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
-            self.token.append(token)
-            self.prior.append(weight)
-            self.path.append([*path, token])
-        number = len(self.token) - first
+        after = self._after(self._path(at))
+        first, level, number = len(self.token), self.level[at] + 1, len(after)
+        self.token += [token for token, _ in after]
+        self.prior += [weight for _, weight in after]
         self.parent += [at] * number
         self.level += [level] * number
         self.visits += [0] * number
@@ -192,31 +208,29 @@ class Search:
             worth = (gain[child] / times if times else 0.0) + rate * prior[child] * root / (1 + times)
             if worth > most:
                 best, most = child, worth
+            if not times:  # those after it are less likely, and have not been visited either
+                break
         return best
 
     def _value(self, at: int) -> float:
         """The weights on the way to a place and on the likeliest way on from it."""
-        path, total = list(self.path[at]), 1.0
+        path, total = self._path(at), 1.0
         while self.parent[at] >= 0:
             total += self.prior[at]
             at = self.parent[at]
         while len(path) < self.depth:
-            token, weight = self._likeliest(path)
+            token, weight = self._after(path)[0]
             total += weight
             path.append(token)
         return total
 
-    def _likeliest(self, path: list[int]) -> tuple[int, float]:
-        key = tuple(path)
-        if key not in self._best:
-            weights = self.row.following(path)
-            self._best[key] = max(weights.items(), key=lambda item: (item[1], -item[0]))
-        return self._best[key]
-
     def kept(self) -> tuple[list[int], list[int]]:
         """Tokens of the places visited most and the draft that each continues, -1 for the row."""
         visits, prior = self.visits, self.prior
-        order = sorted(range(1, len(self.token)), key=lambda i: (-visits[i], -prior[i], i))
+        places = [i for i in range(1, len(visits)) if visits[i]]
+        if len(places) < self.tree.nodes:
+            places = range(1, len(visits))
+        order = sorted(places, key=lambda i: (-visits[i], -prior[i], i))
         # A parent is visited as often as its children together, and comes before.
         kept = sorted(order[: self.tree.nodes])
         number = {0: -1} | {place: i for i, place in enumerate(kept)}

@@ -110,6 +110,10 @@ class TextRow:
         """Weights above 0 of tokens that may follow the row and a path of drafts; at least one."""
         raise NotImplementedError
 
+    def context(self, path: list[int]) -> tuple[int, ...]:
+        """What `following` depends on while the row does not grow; paths that agree in it are looked up once."""
+        return tuple(path)
+
 
 class Occurrences(TextRow):
     """Where the n-grams of one growing sequence have occurred, for n from 0 to `longest`."""

@@ -1,5 +1,6 @@
 """Which drafts are tried together: a chain, independent chains, and the trees of Medusa (arXiv 2401.10774)."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,13 +59,20 @@ class Chain(Tree):
     One draft after another: drawn from the drafter where the request samples, its likeliest tokens otherwise.
 
     Args:
-        length: drafts of a step.
+        length: drafts of a step, at most.
+        confidence: from 0 to below 1; the chain ends with the first draft that is less probable to the drafter, in a batch
+            when every row has had one. What follows a doubtful draft is rarely accepted, and costs a call of the drafter.
+            As in transformers' `assistant_confidence_threshold` (arXiv 2405.04304 learns when to end). The host reads the
+            probabilities of each draft, which on a GPU waits for it. Default: chains end at `length`.
     """
 
     length: int = 5
+    confidence: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive(self, "length")
+        if not 0.0 <= self.confidence < 1.0:
+            raise ValueError(f"confidence of Chain is {self.confidence}; it must be from 0 to below 1.")
 
     @property
     def most_drafts(self) -> int:
@@ -84,6 +92,7 @@ class Chain(Tree):
         logits = drafter.root()[:, None]
         tokens = logits.new_zeros(len(logits), 0, dtype=torch.long)
         probs: list[torch.Tensor] = []
+        doubtful = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for i in range(min(depth, self.length)):
             if i:
                 logits = drafter.expand(tokens[:, -1:], None)
@@ -94,6 +103,12 @@ class Chain(Tree):
             else:
                 drawn = scores.argmax(dim=-1)
             tokens = torch.cat([tokens, drawn], dim=1)
+            if self.confidence:
+                # Decided by drafts that stay: they are drawn from the drafter as ever, so nothing is biased.
+                log_prob = scores[:, 0].gather(1, drawn)[:, 0] - scores[:, 0].logsumexp(dim=-1)
+                doubtful = doubtful | (log_prob < math.log(self.confidence))
+                if bool(doubtful.all()):
+                    break
         return DraftTree(tokens, tokens.shape[1], probs=torch.cat(probs, dim=1) if probs else None)
 
 
