@@ -118,10 +118,11 @@ def joining_kernel(
 
 
 def tiles(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, columns and channels of a step: 8 KiB of keys, which with values and one step ahead registers hold."""
-    channels = max(triton.next_power_of_2(head_dim), 16)
-    columns = min(max(8192 // (channels * itemsize), 16), 64)
-    return min(max(triton.next_power_of_2(rows), 16), 64 if channels <= 128 else 32), columns, channels
+    """Rows, columns and channels of a step: as much as registers hold on all chips, with one step ahead."""
+    channels = max(triton.next_power_of_2(head_dim), 32)
+    is_small = itemsize == 2 and channels <= 128
+    fewest, most = (32 if itemsize == 4 and channels > 128 else 16), (64 if is_small else 32)
+    return min(max(triton.next_power_of_2(rows), fewest), most), 32 if is_small else 16, channels
 
 
 def num_warps(rows: int, channels: int, itemsize: int) -> int:
