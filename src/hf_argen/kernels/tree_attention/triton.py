@@ -180,16 +180,14 @@ def attend(
 
 
 def variants() -> list[Variant]:
-    """One token, trees and a scale of released models, and for each width of heads the largest tiles, in float32, too."""
+    """One token, trees and a scale of released models, and the largest tiles, in float32, too."""
     forms = {
         "LlamaGen-XXL, 1 token": (1, 64, "*bf16", False, False),
         "VAR-d30, 16x16 tokens": (256, 64, "*bf16", True, False),
-        "64 channels, padding": (64, 64, "*bf16", False, True),
         "8B model, 1 token": (4, 128, "*bf16", False, True),
         "8B model, tree of 64 nodes": (256, 128, "*bf16", False, True),
         "256 channels, tree": (64, 256, "*bf16", False, True),
         "64 channels, float32": (64, 64, "*fp32", False, True),
-        "128 channels, float32": (64, 128, "*fp32", False, True),
         "256 channels, float32": (64, 256, "*fp32", False, True),
     }
     variants = [_variant(label, *form) for label, form in forms.items()]
