@@ -158,8 +158,8 @@ def backward_kernel(
 
 
 def num_warps(block: int, rows: int = 1) -> int:
-    """Eight values of a row for each thread, 16 of the longest rows, four where sums over several rows stand beside them."""
-    return min(max(block // 256, 1), 8) if rows == 1 else min(max(block // 128, 1), 16)
+    """Eight values of a row for each thread, 16 of the longest rows, two where sums over several rows stand beside them."""
+    return min(max(block // 256, 1), 8) if rows == 1 else min(max(block // 64, 1), 16)
 
 
 def rows_of_program(block: int, per_token: bool) -> int:

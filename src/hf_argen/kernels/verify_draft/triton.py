@@ -145,8 +145,8 @@ def block_of(vocab: int) -> int:
 
 
 def num_warps(block: int) -> int:
-    """Eight tokens for each thread, and 16 of the largest block."""
-    return min(max(block // 256, 1), 8)
+    """Four tokens for each thread, and 16 of the largest block."""
+    return min(max(block // 128, 1), 8)
 
 
 @on_its_device
