@@ -158,8 +158,8 @@ def backward_kernel(
 
 
 def num_warps(block: int, rows: int = 1) -> int:
-    """Eight values of a row for each thread, four where sums over several rows stand beside them."""
-    return min(max(block // (256 if rows == 1 else 128), 1), 16)
+    """Eight values of a row for each thread, 16 of the longest rows, two where sums over several rows stand beside them."""
+    return min(max(block // 256, 1), 8) if rows == 1 else min(max(block // 64, 1), 16)
 
 
 def rows_of_program(block: int, per_token: bool) -> int:
@@ -267,7 +267,7 @@ def variants() -> list[Variant]:
                 num_warps(triton.next_power_of_2(hidden)))
         for label, hidden, _, form in forms
     ]  # fmt: skip
-    forms.append(("RAR-XL, one modulation", 1280, False, everything))
+    forms += [("VAR-d36", 2304, False, plain), ("RAR-XL, one modulation", 1280, False, everything)]
     backs = [
         Variant(f"{label}, backward", backward_kernel, _types(backward_kernel),
                 {**form, "HAS_RESIDUAL": True, "ROWS": rows_of_program(block, per_token), "BLOCK": block},

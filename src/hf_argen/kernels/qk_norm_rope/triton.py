@@ -8,7 +8,7 @@ from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 NORMS = {None: 0, "l2": 1, "rms": 2, "layer": 3}
-BLOCK = 2048  # channels of one program
+BLOCK = 1024  # channels of one program
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from ..library import on_its_device
 from ..variants import OPTIONS, Variant
 
 LARGEST_ROW = 8192  # that stays in registers
-TILE = 8192  # of longer rows
+TILE = 4096  # of longer rows
 NOTHING, PROBABILITIES, SCORES = 0, 1, 2  # what is written beside tokens
 
 

@@ -118,15 +118,16 @@ def joining_kernel(
 
 
 def tiles(rows: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, columns and channels of a step: 16 KiB of keys, which with values and one step ahead all chips hold."""
-    channels = max(triton.next_power_of_2(head_dim), 16)
-    columns = min(max(16_384 // (channels * itemsize), 16), 64)
-    return min(max(triton.next_power_of_2(rows), 16), 64 if channels <= 128 else 32), columns, channels
+    """Rows, columns and channels of a step: as much as registers hold on all chips, with one step ahead."""
+    channels = max(triton.next_power_of_2(head_dim), 32)
+    is_small = itemsize == 2 and channels <= 128
+    fewest, most = (32 if itemsize == 4 and channels > 128 else 16), (64 if is_small else 32)
+    return min(max(triton.next_power_of_2(rows), fewest), most), 32 if is_small else 16, channels
 
 
-def num_warps(rows: int, channels: int) -> int:
-    """So many that the sums of a step fit into registers."""
-    return 8 if rows * channels >= 8192 else 4
+def num_warps(rows: int, channels: int, itemsize: int) -> int:
+    """So many that keys, values and sums of a step fit into registers, on all chips."""
+    return 4 if rows == 16 and channels <= (128 if itemsize == 4 else 32) else 8
 
 
 def parts_of(programs: int, capacity: int) -> int:
@@ -169,7 +170,7 @@ def attend(
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         0 if ancestors.shape[0] == 1 else ancestors.stride(0),
         HAS_HIDDEN=hidden is not None, WHOLE=parts == 1, UPCAST=INTERPRETS, HEAD_DIM=head_dim, CHANNELS=channels,
-        ROWS=rows, COLUMNS=step, num_warps=num_warps(rows, channels), num_stages=stages(2), **OPTIONS,
+        ROWS=rows, COLUMNS=step, num_warps=num_warps(rows, channels, keys.element_size()), num_stages=stages(2), **OPTIONS,
     )  # fmt: skip
     if parts > 1:
         joining_kernel[(batch * heads * n,)](
@@ -179,12 +180,15 @@ def attend(
 
 
 def variants() -> list[Variant]:
-    """One token and a tree of 64 on an 8B model, a scale of VAR-d30, and heads of 256 channels in float32."""
+    """One token, trees and a scale of released models, and the largest tiles, in float32, too."""
     forms = {
         "LlamaGen-XXL, 1 token": (1, 64, "*bf16", False, False),
-        "8B model, tree of 64 nodes": (256, 128, "*bf16", False, True),
         "VAR-d30, 16x16 tokens": (256, 64, "*bf16", True, False),
-        "256 channels, float32": (64, 256, "*fp32", False, False),
+        "8B model, 1 token": (4, 128, "*bf16", False, True),
+        "8B model, tree of 64 nodes": (256, 128, "*bf16", False, True),
+        "256 channels, tree": (64, 256, "*bf16", False, True),
+        "64 channels, float32": (64, 64, "*fp32", False, True),
+        "256 channels, float32": (64, 256, "*fp32", False, True),
     }
     variants = [_variant(label, *form) for label, form in forms.items()]
     types = {"partial": "*fp32", "tops": "*fp32", "sums": "*fp32", "output": "*bf16", "parts": "i32"}
@@ -193,7 +197,8 @@ def variants() -> list[Variant]:
 
 
 def _variant(label: str, rows: int, head_dim: int, value: str, whole: bool, has_hidden: bool) -> Variant:
-    rows, columns, channels = tiles(rows, head_dim, 4 if value == "*fp32" else 2)
+    itemsize = 4 if value == "*fp32" else 2
+    rows, columns, channels = tiles(rows, head_dim, itemsize)
     integers = [
         "n", "groups", "key_heads", "nodes", "capacity", "columns_of_program", "words", "hidden_words",
         *(f"{name}_{dim}" for name, last in (("query", "node"), ("keys", "column"), ("values", "column"))
@@ -209,4 +214,4 @@ def _variant(label: str, rows: int, head_dim: int, value: str, whole: bool, has_
         "HAS_HIDDEN": has_hidden, "WHOLE": whole, "UPCAST": False, "HEAD_DIM": head_dim, "CHANNELS": channels,
         "ROWS": rows, "COLUMNS": columns,
     }  # fmt: skip
-    return Variant(label, partial_kernel, types, constants, num_warps(rows, channels), num_stages=2)
+    return Variant(label, partial_kernel, types, constants, num_warps(rows, channels, itemsize), num_stages=2)

@@ -58,7 +58,8 @@ def nearest_kernel(
                         vectors + place[:, None] + channel[None, :] * vector_channel,
                         mask=in_window[:, None] & in_channels[None, :], other=0.0,
                     ).to(tl.float32)  # fmt: skip
-                tile = tile / tl.where(exists, area, 1.0)[:, None]
+                if WINDOW > 1:
+                    tile = tile / tl.where(exists, area, 1.0)[:, None]
             else:
                 place = vector.to(tl.int64)[:, None] * vector_row + channel[None, :] * vector_channel
                 inside = exists[:, None] & in_channels[None, :]
