@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...generation.cache import PreallocatedCache, TreeView
 from ...kernels.qk_norm_rope import qk_norm_rope, runs_here
 from ...kernels.tree_attention import tree_attention
+from .linear import linear
 
 
 def eager_attention_forward(
@@ -84,7 +85,11 @@ class HeadedAttention(nn.Module):
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = (
+            linear(self.q_proj, hidden_states),
+            linear(self.k_proj, hidden_states),
+            linear(self.v_proj, hidden_states),
+        )
         return (
             query.view(shape).transpose(1, 2),
             key.view(shape).transpose(1, 2),
@@ -128,7 +133,7 @@ class HeadedAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **more,
         )
-        output = self.o_proj(attended.flatten(2))
+        output = linear(self.o_proj, attended.flatten(2))
         # At one token a step, calls of modules count.
         return self.dropout(output) if self.training else output
 
