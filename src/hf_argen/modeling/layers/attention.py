@@ -84,12 +84,16 @@ class HeadedAttention(nn.Module):
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        batch, n = hidden_states.shape[:2]
         query, key, value = (
             linear(self.q_proj, hidden_states),
             linear(self.k_proj, hidden_states),
             linear(self.v_proj, hidden_states),
         )
+        if n == 1:  # one token a step: calls count
+            shape = (batch, -1, 1, self.head_dim)
+            return query.view(shape), key.view(shape), value.view(shape)
+        shape = (batch, n, -1, self.head_dim)
         return (
             query.view(shape).transpose(1, 2),
             key.view(shape).transpose(1, 2),
