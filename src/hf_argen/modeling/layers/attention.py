@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...generation.cache import PreallocatedCache, TreeView
@@ -127,19 +128,27 @@ class HeadedAttention(nn.Module):
         implementation, more = self.config._attn_implementation, {}
         if (tree := getattr(past_key_values, "tree", None)) is not None:
             implementation, more = "tree_attention", {"tree": tree}
-        attended, _ = attention_function(implementation)(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **more,
-        )
+        function = attention_function(implementation)
+        if function is sdpa_attention_forward and attention_mask is None and self._sees_all(query):
+            attended = F.scaled_dot_product_attention(query, key, value, scale=self.scaling).transpose(1, 2)
+        else:
+            attended, _ = function(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=self.scaling,
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                **more,
+            )
         output = linear(self.o_proj, attended.flatten(2))
         # At one token a step, calls of modules count.
         return self.dropout(output) if self.training else output
+
+    def _sees_all(self, query: torch.Tensor) -> bool:
+        """Whether sdpa needs nothing said for this query: one token without mask; at one token a step, calls count."""
+        return query.shape[2] == 1 and not self.training and self.num_key_value_groups == 1
 
 
 def fused_layer_norms(
