@@ -59,6 +59,11 @@ def use(mode: str) -> Iterator[None]:
         _mode = before
 
 
+def may_run(tensor: torch.Tensor) -> bool:
+    """Whether a kernel may run on this tensor, whatever the operation: what is asked first, since on a CPU calls count."""
+    return tensor.is_cuda or _mode == "triton"
+
+
 def runs_kernel(tensor: torch.Tensor, operation: str, **sizes: int) -> bool:
     """
     Whether an operation on this tensor runs as a kernel: float32, bfloat16 or float16 on a GPU. On a CPU "triton" means

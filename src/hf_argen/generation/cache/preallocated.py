@@ -180,6 +180,12 @@ class PreallocatedCache(Cache):
             self.memo[key] = compute()
         return self.memo[key]
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in transformers, for layers that are all there from the start."""
+        return self.layers[layer_idx].update(key_states, value_states)
+
     @property
     def capacity(self) -> int:
         """Positions that fit without growing."""

@@ -272,24 +272,24 @@ class NextTokenPredictor(Predictor):
         if self.steps is not None:
             self.calls += 1
             return PairedLogits(self._predict_compiled(tokens, before))
-        depth = self._nodes.depths(n, device)
-        start = self.length + self._prompt_length
         if self.is_soft:
             self._weigh_values(n)
+        is_chain = self.is_even and self._nodes.is_chain
+        place, tokens = None, self._paired(tokens)
+        if n == 1 and is_chain:  # plain decoding, where calls count
+            place = self._lengths[0] + before + 1
+            places = torch.full((1, 1), place, device=device)
+            positions = (places + (self._prompt_length - 1)).expand(len(tokens), 1)
+        else:
+            places = self.length[:, None] + self._nodes.depths(n, device) + 1
+            positions = self._paired((places + (self._prompt_length - 1)).expand(self.batch_size, -1))
         if not self.is_even:
-            places = start[:, None] + torch.arange(before, before + n, device=device)
+            start = self.length[:, None] + self._prompt_length
             end = self._prompt_length + max(self._lengths) + before + n
-            self._cache.expect(self._paired(places), end)
-        positions = (start[:, None] + depth).expand(self.batch_size, -1)
-        logits = self.feed(
-            self._paired(tokens), self._paired(positions), not (self.is_even and self._nodes.is_chain)
-        )
+            self._cache.expect(self._paired(start + torch.arange(before, before + n, device=device)), end)
+        logits = self.feed(tokens, positions, not is_chain)
         self.calls += 1
-        if self.combine is None:
-            return PairedLogits(logits)
-        is_one_place = n == 1 and self.is_even and self._nodes.is_chain
-        place = self._lengths[0] + before + 1 if is_one_place else None
-        return self._pair(logits, self.length[:, None] + depth + 1, place)
+        return PairedLogits(logits) if self.combine is None else self._pair(logits, places, place)
 
     def _predict_compiled(self, tokens: torch.Tensor, before: int) -> torch.Tensor:
         """`predict` after `before` nodes, by a graph that takes any tokens, lengths and trees."""

@@ -6,7 +6,7 @@ and the feed-forward block of a conditional transformer.
 import torch
 
 from .. import checks
-from ..dispatch import runs_kernel
+from ..dispatch import may_run, runs_kernel
 from ..library import NAMESPACE, contiguous_rows
 from . import reference
 from .reference import gated_residual
@@ -49,8 +49,7 @@ def adaln(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, where the kernel runs; the reference raises what PyTorch does.
     """
-    rows, hidden = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
-    if hidden > MAX_HIDDEN or not runs_kernel(hidden_states, NAME, rows=rows, hidden=hidden):
+    if not may_run(hidden_states) or not _runs_here(hidden_states):
         return reference.adaln(
             hidden_states, scale, shift, eps,
             update=update, gate=gate, weight=weight, bias=bias, rms=rms, dtype=dtype,
@@ -71,6 +70,11 @@ def adaln(
     )
     residual = hidden_states if update is None else residual
     return normed.view(shape), residual if residual.shape == shape else residual.view(shape)
+
+
+def _runs_here(hidden_states: torch.Tensor) -> bool:
+    rows, hidden = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
+    return hidden <= MAX_HIDDEN and runs_kernel(hidden_states, NAME, rows=rows, hidden=hidden)
 
 
 def _for_each_row(modulation: torch.Tensor | None, batch: int) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
-from ..dispatch import runs_kernel
+from ..dispatch import may_run, runs_kernel
 from ..library import NAMESPACE, contiguous_rows
 from . import reference
 from .rotation import Rotation
@@ -98,6 +98,8 @@ def qk_norm_rope(
 
 def runs_here(query: torch.Tensor) -> bool:
     """Whether a kernel handles queries (batch, heads, n, head_dim), as far as mode, device and size say."""
+    if not may_run(query):
+        return False
     rows, head_dim = query.shape[:-1].numel(), query.shape[-1]
     return runs_kernel(query, NAME, rows=rows, head_dim=head_dim)
 

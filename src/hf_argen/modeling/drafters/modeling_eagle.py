@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from ...generation.decoding.speculative.drafters import Drafter
 from ..checkpoints import ConversionError
 from ..layers.attention import HeadedAttention, causal_mask
+from ..layers.linear import linear
 from ..layers.mlp import GatedMLP
 from ..layers.normalization import RMSNorm
 from . import speculators
@@ -273,12 +274,12 @@ class Eagle(DrafterPreTrainedModel):
             attention_mask = causal_mask(length, None, hidden_states.dtype, hidden_states.device)
         attention = (rotary_halves(position_ids, self.config), attention_mask, past_key_values)
         if self.config.version == 1:
-            hidden_states = self.fc(torch.cat([embeds, hidden_states], dim=-1))
+            hidden_states = linear(self.fc, torch.cat([embeds, hidden_states], dim=-1))
             for layer in self.layers:
                 hidden_states = layer(hidden_states, *attention)
             return EagleOutput(last_hidden_state=hidden_states)
         if hidden_states.shape[-1] != self.config.hidden_size:
-            hidden_states = self.fc(self._normed_features(hidden_states))
+            hidden_states = linear(self.fc, self._normed_features(hidden_states))
         hidden_states = self.midlayer(embeds, hidden_states, *attention)
         if self.config.norm_output:
             hidden_states = self.norm(hidden_states)
@@ -287,7 +288,8 @@ class Eagle(DrafterPreTrainedModel):
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., draft_vocab_size) of drafted features (..., hidden_size); of version 3."""
-        return self.lm_head(hidden_states if self.config.norm_output else self.norm(hidden_states))
+        normed = hidden_states if self.config.norm_output else self.norm(hidden_states)
+        return linear(self.lm_head, normed)
 
     def _normed_features(self, features: torch.Tensor) -> torch.Tensor:
         """Features of the language model as `fc` reads them."""

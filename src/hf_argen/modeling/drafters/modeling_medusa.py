@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from ...generation.decoding.speculative.drafters import Drafter
 from ..checkpoints import ConversionError
+from ..layers.linear import linear
 from .configuration_medusa import MedusaHeadsConfig
 from .modeling_drafter import DrafterPreTrainedModel
 from .released import INDEX, Release
@@ -43,7 +44,7 @@ class ResidualBlock(nn.Module):
         self.linear = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + F.silu(self.linear(hidden_states))
+        return hidden_states + F.silu(linear(self.linear, hidden_states))
 
 
 class MedusaHead(nn.Module):
@@ -58,7 +59,7 @@ class MedusaHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for _ in range(self.num_layers):
             hidden_states = self.block(hidden_states)
-        return self.lm_head(hidden_states)
+        return linear(self.lm_head, hidden_states)
 
 
 class MedusaHeads(DrafterPreTrainedModel):

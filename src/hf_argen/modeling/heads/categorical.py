@@ -8,6 +8,7 @@ from torch import nn
 
 from ...generation import sampling
 from ...generation.sampling import Generators
+from ..layers.linear import linear
 from ..layers.precision import suited
 from .continuous import check_draw
 
@@ -29,7 +30,7 @@ class CategoricalHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits in float32, whatever the dtype of the weights."""
-        return self.out_proj(suited(hidden_states, self.out_proj)).float()
+        return linear(self.out_proj, suited(hidden_states, self.out_proj)).float()
 
     def loss(
         self,

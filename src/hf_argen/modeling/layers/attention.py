@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...generation.cache import PreallocatedCache, TreeView
 from ...kernels.qk_norm_rope import qk_norm_rope, runs_here
 from ...kernels.tree_attention import tree_attention
+from .linear import linear
 
 
 def eager_attention_forward(
@@ -83,8 +85,16 @@ class HeadedAttention(nn.Module):
 
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        batch, n = hidden_states.shape[:2]
+        query, key, value = (
+            linear(self.q_proj, hidden_states),
+            linear(self.k_proj, hidden_states),
+            linear(self.v_proj, hidden_states),
+        )
+        if n == 1:  # one token a step: calls count
+            shape = (batch, -1, 1, self.head_dim)
+            return query.view(shape), key.view(shape), value.view(shape)
+        shape = (batch, n, -1, self.head_dim)
         return (
             query.view(shape).transpose(1, 2),
             key.view(shape).transpose(1, 2),
@@ -118,19 +128,27 @@ class HeadedAttention(nn.Module):
         implementation, more = self.config._attn_implementation, {}
         if (tree := getattr(past_key_values, "tree", None)) is not None:
             implementation, more = "tree_attention", {"tree": tree}
-        attended, _ = attention_function(implementation)(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **more,
-        )
-        output = self.o_proj(attended.flatten(2))
+        function = attention_function(implementation)
+        if function is sdpa_attention_forward and attention_mask is None and self._sees_all(query):
+            attended = F.scaled_dot_product_attention(query, key, value, scale=self.scaling).transpose(1, 2)
+        else:
+            attended, _ = function(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=self.scaling,
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                **more,
+            )
+        output = linear(self.o_proj, attended.flatten(2))
         # At one token a step, calls of modules count.
         return self.dropout(output) if self.training else output
+
+    def _sees_all(self, query: torch.Tensor) -> bool:
+        """Whether sdpa needs nothing said for this query: one token without mask; at one token a step, calls count."""
+        return query.shape[2] == 1 and not self.training and self.num_key_value_groups == 1
 
 
 def fused_layer_norms(

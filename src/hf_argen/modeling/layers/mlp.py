@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.activations import get_activation
 
+from .linear import linear
+
 
 class MLP(nn.Module):
     """
@@ -30,9 +32,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.act(self.fc1(hidden_states))
+        inner = self.act(linear(self.fc1, hidden_states))
         if not self.training:
-            return self.fc2(inner)
+            return linear(self.fc2, inner)
         return self.dropout(self.fc2(self.inner_dropout(inner)))
 
 
@@ -48,6 +50,6 @@ class GatedMLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gated = self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        output = self.down_proj(gated)
+        gated = self.act(linear(self.gate_proj, hidden_states)) * linear(self.up_proj, hidden_states)
+        output = linear(self.down_proj, gated)
         return self.dropout(output) if self.training else output

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.adaln import adaln
+from .linear import linear
 
 
 def modulated_norm(
@@ -58,7 +59,7 @@ class AdaLNModulation(nn.Module):
         self.linear = nn.Linear(condition_size, num_chunks * hidden_size)
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:
-        return self.linear(F.silu(condition)).unflatten(-1, (self.num_chunks, -1))
+        return linear(self.linear, F.silu(condition)).unflatten(-1, (self.num_chunks, -1))
 
 
 class AdaLNTable(nn.Module):
@@ -84,7 +85,7 @@ class AdaLNOutput(nn.Module):
         self.linear = nn.Linear(condition_size, 2 * hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        modulation = self.linear(F.silu(condition)).float()
+        modulation = linear(self.linear, F.silu(condition)).float()
         if modulation.ndim < hidden_states.ndim:
             modulation = modulation.unsqueeze(1)
         scale, shift = modulation.chunk(2, dim=-1)

@@ -203,11 +203,8 @@ class LlamaGenModel(LlamaGenPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, rotation, attention_mask, past_key_values)
             all_hidden_states += (hidden_states,)
-        output = BaseModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            hidden_states=all_hidden_states if output_hidden_states else None,
-        )
-        return output if return_dict else output.to_tuple()
+        output = (self.norm(hidden_states), *([all_hidden_states] if output_hidden_states else []))
+        return BaseModelOutput(*output) if return_dict else output
 
 
 class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, ImageGenerationMixin):
@@ -387,8 +384,10 @@ class LlamaGenForImageGeneration(ImageModelMixin, LlamaGenPreTrainedModel, Image
         logits_to_keep: int = 1,
     ) -> torch.Tensor:
         """Logits (rows, logits_to_keep, vocab_size) float32 of what follows the last positions."""
-        outputs = self.model(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
-        return self.head(outputs.last_hidden_state[:, -logits_to_keep:])
+        hidden_states = self.model(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, return_dict=False
+        )[0]
+        return self.head(hidden_states[:, -logits_to_keep:])
 
     def forward(
         self,

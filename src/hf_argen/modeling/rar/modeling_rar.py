@@ -231,11 +231,11 @@ class RarModel(VectorConditionModules, RarPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, conditions, attention_mask, past_key_values)
             all_hidden_states += (hidden_states,)
-        output = BaseModelOutput(
-            last_hidden_state=self.norm(hidden_states, conditions),
-            hidden_states=all_hidden_states if output_hidden_states else None,
+        output = (
+            self.norm(hidden_states, conditions),
+            *([all_hidden_states] if output_hidden_states else []),
         )
-        return output if return_dict else output.to_tuple()
+        return BaseModelOutput(*output) if return_dict else output
 
 
 class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrainedModel, ImageGenerationMixin):
@@ -301,10 +301,9 @@ class RarForImageGeneration(ImageModelMixin, VectorConditionMixin, RarPreTrained
         condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits (rows, logits_to_keep, vocab_size) float32 of what follows the last positions."""
-        outputs = self.model(
-            input_ids, inputs_embeds, condition, attention_mask, position_ids, past_key_values=past_key_values
-        )
-        return self.head(outputs.last_hidden_state[:, -logits_to_keep:])
+        given = (input_ids, inputs_embeds, condition, attention_mask, position_ids)
+        hidden_states = self.model(*given, past_key_values=past_key_values, return_dict=False)[0]
+        return self.head(hidden_states[:, -logits_to_keep:])
 
     # Training
 
