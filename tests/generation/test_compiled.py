@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, GenerationConfig
 
 import hf_argen
@@ -30,6 +31,7 @@ from ..helpers.tiny import (
     text_var_config,
     tiny_llamagen,
     tiny_mar,
+    tiny_maskgit,
     tiny_rar,
     tiny_var,
     tokenizer_config,
@@ -64,6 +66,7 @@ REQUESTS = {
     "next token": (tiny_llamagen, lambda: None, (1, 0)),
     "next token, rar": (lambda: tiny_rar(**SHALLOW), lambda: None, (1, 0)),
     "masked": (lambda: tiny_mar(**SHALLOW, decoder_num_hidden_layers=1), lambda: Masked(num_steps=3), (3, 0)),
+    "masked ids": (lambda: tiny_maskgit(**SHALLOW), lambda: Masked(num_steps=3), (3, 0)),
     "n-grams draft": (shallow_llamagen, SpeculativeDecoding, (1, 0)),
     "a model drafts a chain": (shallow_llamagen, chain_of_a_draft_model, (1, 2)),
     "a model drafts a tree": (shallow_llamagen, tree_of_a_draft_model, (1, 2)),
@@ -92,10 +95,9 @@ def test_like_eager_and_compiled_once(name):
     """After the first picture nothing is compiled any more: not for other classes, strengths of guidance, or draws."""
     make, decoding, expected_graphs = REQUESTS[name]
     model, decoding = make(), decoding()
-    greedy = {} if name == "masked" else {"do_sample": False}
-    sampled = {"do_sample": True, "temperature": 0.8}
-    if name != "masked":
-        sampled["top_k"] = 8
+    is_masked = name.startswith("masked")
+    greedy = {} if is_masked else {"do_sample": False}
+    sampled = {"do_sample": True, "temperature": 0.8, **({} if is_masked else {"top_k": 8})}
     others = [
         {"labels": (1, 2), "guidance_scale": 2.0, **greedy},
         {"labels": (3, 0), "guidance_scale": 1.6, **greedy},
@@ -173,12 +175,20 @@ def one_process():
     ids=["var", "llamagen", "drafter", "mar"],
 )
 def test_inductor(make, decoding, options):
-    """The tokens of eager decoding, in float32."""
+    """The tokens of eager decoding, in float32; and no step copies the cache that it writes to."""
     model, decoding = make(), decoding()
     options = {"guidance_scale": 2.0, "decoding": decoding, **options}
     expected = draw(model, **options)
-    assert_same(draw(model, **options, compile_config=CompileConfig()), expected)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        found, codes = run_and_get_code(draw, model, **options, compile_config=CompileConfig())
+    assert_same(found, expected)
     assert graphs(model) == 1
+    gc.collect()
+    lent = [cache for steps in model._compiled_steps for caches in steps._caches.values() for cache in caches]
+    assert codes and len(lent) == (0 if "mar" in type(model).__name__.lower() else 1)
+    for cache in lent:
+        shape = tuple(cache.layers[0].keys.shape)
+        assert not any(f"empty_strided_cpu({shape}" in code for code in codes)
 
 
 # What stays with a model

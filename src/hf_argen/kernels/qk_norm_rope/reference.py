@@ -59,5 +59,6 @@ def write(
         if places is None:
             cache[:, :, start : start + new.shape[2]] = new
         else:
-            index = places.to(cache.device)[:, None, :, None].expand(new.shape)
-            cache.scatter_(2, index, new.to(cache.dtype))
+            # No scatter_: compiled, that copies the whole cache first, which an assignment does not.
+            rows = torch.arange(len(new), device=cache.device)[:, None]
+            cache[rows, :, places.to(cache.device)] = new.transpose(1, 2).to(cache.dtype)
