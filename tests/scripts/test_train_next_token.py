@@ -135,8 +135,8 @@ def test_some_batches_are_the_first_tokens_alone(script, monkeypatch):
     assert 60 < sum(read.shape[1] == 3 for read, _ in drawn) < 140
     for read, labels in drawn:
         assert torch.equal(read, ids[:, : read.shape[1]]) and torch.equal(labels, read + 1)
+    monkeypatch.setattr(sys, "argv", ["train_next_token.py", "rar", "--beginnings", "16", "0.5"])
     with pytest.raises(SystemExit):
-        monkeypatch.setattr(sys, "argv", ["train_next_token.py", "rar", "--beginnings", "16", "0.5"])
         script.main()
 
 
