@@ -44,13 +44,14 @@ def test_pictures_survive_it(load_script):
     assert psnr(found, pictures.add(1).mul(0.5), value_range=1.0).mean() >= 26
 
 
-def test_a_next_token_model_draws_what_it_is_asked_for(load_script):
+@pytest.mark.parametrize("name", ["emoji-llamagen", "emoji-rar"])
+def test_a_next_token_model_draws_what_it_is_asked_for(load_script, name):
     """Captions are read and pictures are whole; by chance one in 1,391 would be right."""
     script = load_script("evaluate_emoji")
-    model = AutoModelForImageGeneration.from_pretrained(CHECKPOINTS / "emoji-rar", dtype="bfloat16").eval()
-    processor = AutoProcessor.from_pretrained(CHECKPOINTS / "emoji-rar")
+    model = AutoModelForImageGeneration.from_pretrained(CHECKPOINTS / name, dtype="bfloat16").eval()
+    processor = AutoProcessor.from_pretrained(CHECKPOINTS / name)
     emoji = EmojiSet.load(64)
-    targets, prompts = emoji.prompts(count=16)
+    targets, prompts = emoji.prompts(count=12)
     assert accuracy(script.draw(model, processor, prompts), targets, emoji.font) >= 0.4
 
 
