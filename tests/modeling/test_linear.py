@@ -134,7 +134,19 @@ class Caller(nn.Module):
         return linear(self.layer, states)
 
 
-def test_a_compiler_sees_the_plain_product(layer, thin):
+def test_compiled_products_go_by_it(layer):
+    """In one graph; rows that do not are products of the layer there, too."""
+    compiled = torch.compile(lambda states: linear(layer, states), backend="eager", fullgraph=True)
+    for rows, name in ((2, "bmm"), (5, "addmm")):
+        states = torch.randn(rows, INPUTS)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(states), layer(states))
+            with torch.profiler.profile() as profile:
+                compiled(states)
+        assert f"aten::{name}" in {event.key for event in profile.key_averages()}
+
+
+def test_an_exported_layer_is_one_for_any_rows(layer, thin):
     with torch.no_grad():
         exported = torch.export.export(Caller(layer), (torch.randn(2, INPUTS),))
     names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}

@@ -4,9 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LEAST_WEIGHTS = (
-    2**19
-)  # layers with fewer belong to models that a cache holds, where the plain product is faster
+LEAST_WEIGHTS = 2**19  # a cache holds models with smaller layers, and there the plain product is faster
 MOST_ROWS = 3
 MOST_ROWS_OF_THREADS = 4
 
@@ -19,12 +17,10 @@ def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     fraction of the memory's rate. There, the product of the weights, in two halves, and the rows as columns is taken: a
     quarter to a half of the time, and the same numbers up to the order of their sums.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(layer):
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or not is_plain(layer):
         return layer(states)
-    own = layer.__dict__[
-        "_parameters"
-    ]  # at one token a step calls count, those that look for attributes, too
-    weight, bias = own["weight"], own["bias"]
+    # At one token a step calls count, those that look for attributes, too.
+    weight, bias = layer.__dict__["_parameters"]["weight"], layer.__dict__["_parameters"]["bias"]
     if states.dtype is torch.float32 and is_thin(states, weight):
         return thin_product(states, weight, bias)
     return F.linear(states, weight, bias)
@@ -48,10 +44,11 @@ def is_thin(states: torch.Tensor, weight: torch.Tensor) -> bool:
     if weight.numel() < LEAST_WEIGHTS or states.shape[-1] != weight.shape[1]:
         return False
     rows = states.numel() // weight.shape[1]
-    if rows > MOST_ROWS and (rows > MOST_ROWS_OF_THREADS or torch.get_num_threads() == 1):
-        return False
+    most = (
+        MOST_ROWS if torch.compiler.is_compiling() or torch.get_num_threads() == 1 else MOST_ROWS_OF_THREADS
+    )
     return (
-        rows > 0
+        0 < rows <= most
         and states.is_cpu
         and weight.is_cpu
         and weight.dtype is torch.float32
