@@ -86,10 +86,11 @@ class FamilyTests(PlacementTests, DistributedTests, ModelTests):
 
     @torch.no_grad()
     def test_compiled_pass(self, model):
-        """Traced whole; what a back end makes of the trace is its own matter."""
+        """Traced whole, with the same numbers save where eager code turns by complex numbers, which compilers do not take."""
         batch = self.make_batch("ids")
         compiled = torch.compile(model, backend="eager")
-        assert torch.equal(self.prediction(compiled(**batch)), self.prediction(model(**batch)))
+        found, expected = self.prediction(compiled(**batch)), self.prediction(model(**batch))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_the_image_tokenizer_is_frozen(self, model):
         frozen = self.make_model().train()
