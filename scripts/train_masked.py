@@ -9,7 +9,7 @@ diffusion head, to draft for that model. A checkpoint is written every few minut
 run that was killed goes on from the last one when the same command is given again, and ends as it would have without the
 kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
 
-    python scripts/train_masked.py diffusion --output runs/emoji-masked
+    python scripts/train_masked.py diffusion --text-encoder checkpoints/emoji-rar --output runs/emoji-masked
     python scripts/train_masked.py flow --output runs/emoji-masked
 
 The results are the folders OUTPUT/emoji-mar-HEAD, each with `sheet.png`.
