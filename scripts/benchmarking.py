@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ KINDS = {  # of operations, by what their name contains; the first that fits
     "sampling": ("exponential_", "sort", "topk", "multinomial", "argmax", "cumsum", "scatter", "masked_fill"),
 }
 MATRIX_KINDS = ("matrix products", "attention", "convolutions")
-PRODUCTS = [
-    (F, "linear"),
-    (torch, "bmm"),
-    (F, "scaled_dot_product_attention"),
-]  # what one token's matrix work calls
+# What one token's matrix work calls.
+PRODUCTS = [(F, "linear"), (torch, "bmm"), (F, "scaled_dot_product_attention")]
 PRODUCT = "matrix work"
 OTHER = "norms, activations, copies"
 OUTSIDE = "Python, between operations"
@@ -167,31 +165,39 @@ class Timing:
 
 
 @contextlib.contextmanager
+def wrapped(functions: Sequence[tuple[Any, str, Callable[[Callable], Callable]]]) -> Iterator[None]:
+    """Within the `with` block, each (owner, name, wrap) is what `wrap` makes of the owner's function of that name."""
+    kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in functions]
+    for owner, name, wrap in functions:
+        setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, own in kept:
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+@contextlib.contextmanager
 def metered(
     parts: dict[str, list[tuple[Any, str]]], meter: Callable[[], float]
 ) -> Iterator[dict[str, float]]:
     """Within the `with` block, what `meter` advances in each part: seconds, or operations."""
     spent = dict.fromkeys(parts, 0.0)
-    methods = [(name, owner, method) for name, owned in parts.items() for owner, method in owned]
-    kept = [(owner, method, vars(owner).get(method)) for _, owner, method in methods]
-    for name, owner, method in methods:
-        original = getattr(owner, method)
 
-        def wrapper(*args: Any, _name: str = name, _call: Callable = original, **kwargs: Any) -> Any:
+    def counting(part: str, call: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             start = meter()
-            result = _call(*args, **kwargs)
-            spent[_name] += meter() - start
+            result = call(*args, **kwargs)
+            spent[part] += meter() - start
             return result
 
-        setattr(owner, method, wrapper)
-    try:
+        return wrapper
+
+    with wrapped([(*one, partial(counting, part)) for part, owned in parts.items() for one in owned]):
         yield spent
-    finally:
-        for owner, method, own in kept:
-            if own is None:
-                delattr(owner, method)
-            else:
-                setattr(owner, method, own)
 
 
 def clock() -> float:
@@ -398,22 +404,12 @@ def kinds_table(
     )
 
 
-@contextlib.contextmanager
-def marked(functions: Sequence[tuple[Any, str]], label: str) -> Iterator[None]:
-    """Within the `with` block, the profiler sees every call of these as an event of that name."""
-    kept = [getattr(owner, name) for owner, name in functions]
-    for (owner, name), call in zip(functions, kept, strict=True):
-        setattr(owner, name, record_function(label)(call))
-    try:
-        yield
-    finally:
-        for (owner, name), call in zip(functions, kept, strict=True):
-            setattr(owner, name, call)
-
-
 def time_outside_products(call: Callable[[], Any]) -> float:
     """Seconds of the operations of a call that are no part of `PRODUCTS`, from a profiled run."""
-    with marked(PRODUCTS, PRODUCT), profile(activities=[ProfilerActivity.CPU]) as profiled:
+    marks = [
+        (*one, record_function(PRODUCT)) for one in PRODUCTS
+    ]  # events of that name, which hold those within
+    with wrapped(marks), profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()
     spent = 0.0
     for event in profiled.events():

@@ -24,6 +24,7 @@ class FamilyTests(PlacementTests, DistributedTests, ModelTests):
         picture: (channels, height, width) of a picture.
         decodings: names of the decodings that fit.
         sampling: options of `generate` that draw.
+        tolerance_of_traces: how far numbers of a traced pass may be from those of eager code.
     """
 
     feeds = ("ids", "pixels")
@@ -31,6 +32,7 @@ class FamilyTests(PlacementTests, DistributedTests, ModelTests):
     picture: tuple[int, int, int]
     decodings: list[str]
     sampling: dict = SAMPLING
+    tolerance_of_traces: float = 0.0
 
     def make_model(self, **changes):
         return spread(self.model_class(self.make_config(**changes)))
@@ -86,11 +88,13 @@ class FamilyTests(PlacementTests, DistributedTests, ModelTests):
 
     @torch.no_grad()
     def test_compiled_pass(self, model):
-        """Traced whole, with the same numbers save where eager code turns by complex numbers, which compilers do not take."""
+        """Traced whole; what a back end makes of the trace is its own matter."""
         batch = self.make_batch("ids")
         compiled = torch.compile(model, backend="eager")
         found, expected = self.prediction(compiled(**batch)), self.prediction(model(**batch))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found, expected, rtol=self.tolerance_of_traces, atol=self.tolerance_of_traces
+        )
 
     def test_the_image_tokenizer_is_frozen(self, model):
         frozen = self.make_model().train()

@@ -177,6 +177,7 @@ class TestLlamaGenVQOfDistances(TestLlamaGenVQ):
 
 class TestLlamaGen(FamilyTests):
     model_class = LlamaGenForImageGeneration
+    tolerance_of_traces = 1e-5  # eager code turns by complex numbers, which compilers do not take
     num_tokens = 16
     picture = (3, 8, 8)
     decodings = [

@@ -110,6 +110,9 @@ def test_a_text_encoder_that_was_trained_elsewhere(script, emoji, tmp_path):
     processor = script.prompt_processor(emoji, tmp_path / "processor", script.LlamaGenProcessor)
     tokenizer = script.build_tokenizer()
     rar, llamagen = script.build_rar(tokenizer, processor), script.build_llamagen(tokenizer, processor)
+    encoder_of = sys.modules["emoji_training"].encoder_of
+    assert encoder_of(rar) is rar.model.text_encoder
+    assert encoder_of(llamagen) is llamagen.text_encoder
     rar.save_pretrained(tmp_path / "rar")
     script.begin_with_encoder(llamagen, tmp_path / "rar")
     theirs, ours = rar.model.text_encoder.state_dict(), llamagen.text_encoder.state_dict()

@@ -44,9 +44,8 @@ def is_thin(states: torch.Tensor, weight: torch.Tensor) -> bool:
     if weight.numel() < LEAST_WEIGHTS or states.shape[-1] != weight.shape[1]:
         return False
     rows = states.numel() // weight.shape[1]
-    most = (
-        MOST_ROWS if torch.compiler.is_compiling() or torch.get_num_threads() == 1 else MOST_ROWS_OF_THREADS
-    )
+    is_alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
+    most = MOST_ROWS if is_alone else MOST_ROWS_OF_THREADS
     return (
         0 < rows <= most
         and states.is_cpu
