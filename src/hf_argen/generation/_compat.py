@@ -33,6 +33,8 @@ def prepare_generation_config(model: GenerationMixin, given: GenerationConfig) -
 
 def attention_implementation(config: PreTrainedConfig) -> str:
     """`config._attn_implementation`, past the lookups of a configuration, which weigh in every layer of every token."""
+    if torch.compiler.is_compiling():  # which does not know the other way
+        return config._attn_implementation
     return object.__getattribute__(config, "_attn_implementation_internal")
 
 

@@ -41,6 +41,10 @@ class Rotation(NamedTuple):
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Turns (..., rows, heads, n, head_dim), in float32."""
+        if self.factors is not None and not torch.is_grad_enabled():
+            # The same numbers as below, seen as complex ones at once, which has no gradients.
+            turned = states.float().view(torch.complex64) * self.factors
+            return turned.view(torch.float32).to(states.dtype)
         shape = (-1, 2) if self.interleaved else (2, -1)
         pairs = states.float().view(*states.shape[:-1], *shape)
         if self.factors is not None:

@@ -62,9 +62,7 @@ def has_few_rows(states: torch.Tensor) -> bool:
     """Whether float32 states (..., inputs) are so few rows that products may be faster the other way."""
     is_alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
     most = MOST_ROWS if is_alone else MOST_ROWS_OF_THREADS
-    return (
-        0 < states.shape[:-1].numel() <= most and states.is_cpu and not torch.is_autocast_enabled("cpu")
-    )
+    return 0 < states.shape[:-1].numel() <= most and states.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def is_read_faster(weight: torch.Tensor, inputs: int) -> bool:
