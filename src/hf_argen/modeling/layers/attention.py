@@ -159,9 +159,10 @@ def fused_layer_norms(
     modules have to be called: there is no kernel, their weights are elsewhere (offloaded, sharded), or gradients are
     needed, which tensor parallelism adds up where a module is called.
     """
+    if torch.is_grad_enabled() or not runs_here(query):
+        return {}
     weights = (query_norm.weight, key_norm.weight)
-    is_here = all(one.device == query.device and not hasattr(one, "to_local") for one in weights)
-    if not runs_here(query) or torch.is_grad_enabled() or not is_here:
+    if any(one.device != query.device or hasattr(one, "to_local") for one in weights):
         return {}
     return {
         "norm": "layer",

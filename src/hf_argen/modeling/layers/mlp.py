@@ -40,9 +40,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.act(linear(self.fc1, hidden_states))
+        inner = self.act(linear(self._modules["fc1"], hidden_states))  # see `linears`
         if not self.training:
-            return linear(self.fc2, inner)
+            return linear(self._modules["fc2"], inner)
         return self.dropout(self.fc2(self.inner_dropout(inner)))
 
 
