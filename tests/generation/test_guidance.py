@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from hf_argen.generation.cache import PreallocatedCache
 from hf_argen.generation.guidance import Guidance, Interval, PowerCosine, SoftCFG
 
 from ..helpers.tiny import NEXT_TOKEN_FAMILIES, tiny_llamagen, tiny_next_token
@@ -107,11 +107,11 @@ def test_weights_of_soft_guidance():
     assert torch.allclose((1 - weights).sum(dim=1), torch.ones(2))
 
 
-class WeighedCache(PreallocatedCache):
+class WeighedCache(DynamicCache):
     """Values times given factors, for one pass over a whole sequence."""
 
     def __init__(self, weights):
-        super().__init__(1, weights.shape[1])
+        super().__init__()
         self.weights = weights
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_argen.modeling.layers import linear as module
-from hf_argen.modeling.layers.linear import linear
+from hf_argen.modeling.layers.linear import linear, linears
 
 from ..helpers.tiny import tiny_llamagen, tiny_rar
 
@@ -25,9 +25,9 @@ def thin(monkeypatch):
     """Shapes that went by the other product."""
     seen, product = [], module.thin_product
 
-    def noted(states, weight, bias):
-        seen.append(tuple(states.shape))
-        return product(states, weight, bias)
+    def noted(columns, weight, bias, shape):
+        seen.append((*shape, columns.shape[1]))
+        return product(columns, weight, bias, shape)
 
     monkeypatch.setattr(module, "thin_product", noted)
     return seen
@@ -58,6 +58,17 @@ def test_rows_that_do_not_lie_next_to_each_other(layer, thin):
     with torch.no_grad():
         torch.testing.assert_close(linear(layer, states), layer(states))
     assert thin == [(1, 2, INPUTS)]
+
+
+def test_several_layers_of_one_input(layer, thin):
+    """Each goes its own way."""
+    others = (nn.Linear(INPUTS, 8), Adapted(INPUTS, OUTPUTS), nn.Linear(INPUTS, 2 * OUTPUTS, bias=False))
+    states = torch.randn(2, 1, INPUTS)
+    with torch.no_grad():
+        found = linears(states, layer, *others)
+        for one, product in zip((layer, *others), found, strict=True):
+            torch.testing.assert_close(product, one(states))
+    assert thin == [(2, 1, INPUTS)] * 2
 
 
 def test_four_rows_need_two_threads(layer, thin, threads):

@@ -31,6 +31,13 @@ def prepare_generation_config(model: GenerationMixin, given: GenerationConfig) -
     return model._prepare_generation_config(given)[0]
 
 
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """`config._attn_implementation`, past the lookups of a configuration, which weigh in every layer of every token."""
+    if torch.compiler.is_compiling():  # which does not know the other way
+        return config._attn_implementation
+    return object.__getattribute__(config, "_attn_implementation_internal")
+
+
 def default_options() -> dict[str, Any]:
     """The values that transformers gives to options which nobody set."""
     return GenerationConfig._get_default_generation_params()

@@ -140,6 +140,7 @@ class Guidance:
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"guidance_scale is {self.scale}; it must be 0 (no guidance) or above.")
         self.factor = self._resolve(self.schedule)
+        self._strengths: dict[int, list[float]] = {}
 
     @staticmethod
     def _resolve(schedule: GuidanceSchedule) -> ScheduleFunction | Sequence[float]:
@@ -181,14 +182,17 @@ class Guidance:
 
     def is_off(self, num_steps: int) -> bool:
         """Whether no step is guided, so that unconditional rows need not be computed; checks every step."""
-        strengths = [self.strength(step, num_steps) for step in range(num_steps)]
-        return not any(strengths)
+        return not any(self.strengths(num_steps))
+
+    def strengths(self, num_steps: int) -> list[float]:
+        """The strength at every step, computed once."""
+        if num_steps not in self._strengths:
+            self._strengths[num_steps] = [self.strength(step, num_steps) for step in range(num_steps)]
+        return self._strengths[num_steps]
 
     def combiner(self, num_steps: int, device: torch.device) -> "Combiner":
         """What guides the tokens of one request of at most `num_steps` tokens."""
-        return Combiner(
-            torch.tensor([self.strength(step, num_steps) for step in range(num_steps)], device=device)
-        )
+        return Combiner(torch.tensor(self.strengths(num_steps), device=device))
 
 
 @dataclass

@@ -217,7 +217,8 @@ class PreallocatedCache(Cache):
     def truncate(self, length: int) -> None:
         """Rolls every layer back to its first `length` positions."""
         for layer in self.layers:
-            layer.truncate(length)
+            if layer.length > length or layer.places is not None:  # at one token a step, calls count
+                layer.truncate(length)
 
     def weigh_values(self, weights: torch.Tensor | None) -> None:
         """From now on attention sees the values times `weights` (batch, capacity); what is stored stays as it is."""

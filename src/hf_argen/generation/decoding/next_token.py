@@ -27,7 +27,7 @@ class NextToken(TokenLoop):
         predictor: NextTokenPredictor = request.predictor
         transcript = self.open(request)
         paired = predictor.prefill_paired(request.inputs)
-        finite = torch.ones((), dtype=torch.bool, device=paired.logits.device)
+        largest = torch.zeros((), device=paired.logits.device)  # of all logits, NaN where one is
         options = self.one_pass(request, transcript, paired)
         while True:
             logits = scores = None
@@ -36,13 +36,14 @@ class NextToken(TokenLoop):
                 transcript.note(log_probs)
             else:
                 logits = paired.guided()
-                finite = finite & torch.isfinite(logits).all()
+                largest = torch.maximum(largest, logits.abs().amax())
                 scores = transcript.process(logits)
                 tokens = choose(scores, request.generation_config.do_sample, request.generator)
                 transcript.note(scores)
             tokens = self.kept_or_drawn(request, tokens[:, 0], transcript)
             transcript.append(tokens[:, None], logits=logits, scores=scores)
             if transcript.is_done:
+                finite = largest.isfinite()
                 if options is not None:  # nothing but the model itself can have spoilt a draw
                     finite = finite & transcript.best.isfinite().all()
                 return self.result(request, transcript, transcript.lengths[0], finite)

@@ -18,7 +18,7 @@ def adaln(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See [`hf_argen.kernels.adaln.adaln`]."""
-    residual = gated_residual(hidden_states, update, gate)
+    residual = hidden_states if update is None else gated_residual(hidden_states, update, gate)
     states = residual
     if scale is not None and scale.dtype != residual.dtype:
         states = residual.to(torch.promote_types(residual.dtype, scale.dtype))

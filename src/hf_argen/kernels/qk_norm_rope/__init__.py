@@ -65,8 +65,8 @@ def qk_norm_rope(
         slot: where keys and values go; they are converted to its dtype.
 
     Returns:
-        queries and keys; with `slot` the keys without elements, as they are in the cache. No gradients pass the kernel: where
-        they are needed, the reference runs.
+        queries and keys; with `slot` all keys of the cache. No gradients pass the kernel: where they are needed, the reference
+        runs.
 
     Raises:
         ValueError: an unknown norm, positions beyond the capacity, shapes, dtypes or devices that do not fit.
@@ -81,7 +81,7 @@ def qk_norm_rope(
         if slot is None:
             return query, key
         reference.write(key, value, *slot)
-        return query, key.new_empty((0,))
+        return query, slot.keys
     cos, sin = (None, None) if rotation is None else rotation.tables()
     interleaved = rotation is None or rotation.interleaved
     weights = tuple(contiguous_rows(one) for one in (query_weight, key_weight, query_bias, key_bias))
@@ -93,7 +93,7 @@ def qk_norm_rope(
     query = _cached_operation(
         query, key, value, slot.keys, slot.values, slot.places, slot.start, norm or "", eps, *weights, *given
     )
-    return query, query.new_empty((0,))
+    return query, slot.keys
 
 
 def runs_here(query: torch.Tensor) -> bool:

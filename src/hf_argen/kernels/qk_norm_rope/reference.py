@@ -20,8 +20,9 @@ def qk_norm_rope(
     rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See [`hf_argen.kernels.qk_norm_rope.qk_norm_rope`]."""
-    query = normed(query, norm, eps, query_weight, query_bias)
-    key = normed(key, norm, eps, key_weight, key_bias)
+    if norm is not None:
+        query = normed(query, norm, eps, query_weight, query_bias)
+        key = normed(key, norm, eps, key_weight, key_bias)
     if query_scale is not None:
         query = query * query_scale.view(1, -1, 1, 1)
     if rotation is None:
@@ -33,11 +34,9 @@ def qk_norm_rope(
 
 
 def normed(
-    states: torch.Tensor, norm: str | None, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None
+    states: torch.Tensor, norm: str, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Over the last dimension."""
-    if norm is None:
-        return states
     if norm == "l2":
         return F.normalize(states, dim=-1, eps=eps)
     if norm == "layer":

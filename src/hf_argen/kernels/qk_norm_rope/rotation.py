@@ -14,11 +14,12 @@ class Rotation(NamedTuple):
         kept: (rows or 1, 1, n, pairs, 1), or (rows or 1, 1, n, 1, pairs) for halves: factors on a pair.
         turned: the same with 2 in place of the 1: factors on the pair with its channels swapped.
         interleaved: a pair are adjacent channels (LlamaGen); otherwise one of each half of the channels (Llama).
-        factors: (rows or 1, 1, n, pairs) complex64, the same as complex numbers, on a CPU: fewer operations. `None` elsewhere.
+        factors: (rows or 1, 1, n, pairs) complex64, the same as complex numbers, in place of both for interleaved pairs on a
+            CPU: fewer operations.
     """
 
-    kept: torch.Tensor
-    turned: torch.Tensor
+    kept: torch.Tensor | None
+    turned: torch.Tensor | None
     interleaved: bool = True
     factors: torch.Tensor | None = None
 
@@ -30,17 +31,23 @@ class Rotation(NamedTuple):
         """
         dim = -1 if interleaved else -2
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        is_complex = interleaved and cos.is_cpu and not torch.compiler.is_compiling()
-        factors = torch.complex(cos, sin) if is_complex else None
-        return cls(cos.unsqueeze(dim), torch.stack([-sin, sin], dim=dim), interleaved, factors)
+        if interleaved and cos.is_cpu and not torch.compiler.is_compiling():
+            return cls(None, None, interleaved, torch.complex(cos, sin))
+        return cls(cos.unsqueeze(dim), torch.stack([-sin, sin], dim=dim), interleaved)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (rows or 1, n, pairs), views."""
+        if self.factors is not None:
+            return self.factors.real[:, 0], self.factors.imag[:, 0]
         dim = -1 if self.interleaved else -2
         return self.kept.select(dim, 0)[:, 0], self.turned.select(dim, 1)[:, 0]
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Turns (..., rows, heads, n, head_dim), in float32."""
+        if self.factors is not None and not torch.is_grad_enabled():
+            # The same numbers as below, seen as complex ones at once, which has no gradients.
+            turned = (states.float().view(torch.complex64) * self.factors).view(torch.float32)
+            return turned if states.dtype is torch.float32 else turned.to(states.dtype)
         shape = (-1, 2) if self.interleaved else (2, -1)
         pairs = states.float().view(*states.shape[:-1], *shape)
         if self.factors is not None:

@@ -11,10 +11,11 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...generation._compat import attention_implementation
 from ...generation.cache import PreallocatedCache, TreeView
 from ...kernels.qk_norm_rope import qk_norm_rope, runs_here
 from ...kernels.tree_attention import tree_attention
-from .linear import linear
+from .linear import linear, linears
 
 
 def eager_attention_forward(
@@ -86,11 +87,8 @@ class HeadedAttention(nn.Module):
     def heads(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value (batch, heads, length, head_dim) of (batch, length, hidden_size)."""
         batch, n = hidden_states.shape[:2]
-        query, key, value = (
-            linear(self.q_proj, hidden_states),
-            linear(self.k_proj, hidden_states),
-            linear(self.v_proj, hidden_states),
-        )
+        parts = self._modules  # see `linears`
+        query, key, value = linears(hidden_states, parts["q_proj"], parts["k_proj"], parts["v_proj"])
         if n == 1:  # one token a step: calls count
             shape = (batch, -1, 1, self.head_dim)
             return query.view(shape), key.view(shape), value.view(shape)
@@ -116,8 +114,9 @@ class HeadedAttention(nn.Module):
         Args:
             preparation: what happens to queries and keys before: norm, scale and rotation, see `kernels.qk_norm_rope`.
         """
-        if isinstance(past_key_values, PreallocatedCache) and runs_here(query):
-            layer = past_key_values.layers[self.layer_idx]
+        tree = None
+        if isinstance(past_key_values, PreallocatedCache):
+            tree, layer = past_key_values.tree, past_key_values.layers[self.layer_idx]
             query, _ = qk_norm_rope(query, key, value, slot=layer.claim(key, value), **preparation)
             key, value = layer.filled()
         else:
@@ -125,12 +124,12 @@ class HeadedAttention(nn.Module):
                 query, key = qk_norm_rope(query, key, **preparation)
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
-        implementation, more = self.config._attn_implementation, {}
-        if (tree := getattr(past_key_values, "tree", None)) is not None:
-            implementation, more = "tree_attention", {"tree": tree}
-        function = attention_function(implementation)
-        if function is sdpa_attention_forward and attention_mask is None and self._sees_all(query):
-            attended = F.scaled_dot_product_attention(query, key, value, scale=self.scaling).transpose(1, 2)
+        function = attention_function(
+            attention_implementation(self.config) if tree is None else "tree_attention"
+        )
+        if attention_mask is None and function is sdpa_attention_forward and self._sees_all(query):
+            attended = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+            attended = attended.reshape(query.shape[0], 1, -1)
         else:
             attended, _ = function(
                 self,
@@ -140,9 +139,10 @@ class HeadedAttention(nn.Module):
                 attention_mask,
                 scaling=self.scaling,
                 dropout=self.config.attention_dropout if self.training else 0.0,
-                **more,
+                **({} if tree is None else {"tree": tree}),
             )
-        output = linear(self.o_proj, attended.flatten(2))
+            attended = attended.flatten(2)
+        output = linear(self._modules["o_proj"], attended)
         # At one token a step, calls of modules count.
         return self.dropout(output) if self.training else output
 
@@ -159,9 +159,10 @@ def fused_layer_norms(
     modules have to be called: there is no kernel, their weights are elsewhere (offloaded, sharded), or gradients are
     needed, which tensor parallelism adds up where a module is called.
     """
+    if torch.is_grad_enabled() or not runs_here(query):
+        return {}
     weights = (query_norm.weight, key_norm.weight)
-    is_here = all(one.device == query.device and not hasattr(one, "to_local") for one in weights)
-    if not runs_here(query) or torch.is_grad_enabled() or not is_here:
+    if any(one.device != query.device or hasattr(one, "to_local") for one in weights):
         return {}
     return {
         "norm": "layer",

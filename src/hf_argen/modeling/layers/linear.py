@@ -17,13 +17,32 @@ def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     fraction of the memory's rate. There, the product of the weights, in two halves, and the rows as columns is taken: a
     quarter to a half of the time, and the same numbers up to the order of their sums.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or not is_plain(layer):
-        return layer(states)
-    # At one token a step calls count, those that look for attributes, too.
-    weight, bias = layer.__dict__["_parameters"]["weight"], layer.__dict__["_parameters"]["bias"]
-    if states.dtype is torch.float32 and is_thin(states, weight):
-        return thin_product(states, weight, bias)
-    return F.linear(states, weight, bias)
+    return linears(states, layer)[0]
+
+
+def linears(states: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """
+    What [`linear`] gives of several layers with the same input.
+
+    At one token a step calls count, and so does how a module's parts are reached: as attributes they are looked for
+    everywhere else first, which takes as long as three calls. Where every token passes, they are taken out of `_modules`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return [layer(states) for layer in layers]
+    may_be_thin = states.dtype is torch.float32 and has_few_rows(states)
+    outputs, columns = [], None
+    for layer in layers:
+        if not is_plain(layer):
+            outputs.append(layer(states))
+            continue
+        parameters = layer.__dict__["_parameters"]  # so no attribute is looked for in vain
+        weight, bias = parameters["weight"], parameters["bias"]
+        if may_be_thin and is_read_faster(weight, states.shape[-1]):
+            columns = thin_columns(states) if columns is None else columns
+            outputs.append(thin_product(columns, weight, bias, states.shape[:-1]))
+        else:
+            outputs.append(F.linear(states, weight, bias))
+    return outputs
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -39,30 +58,43 @@ def is_plain(layer: nn.Module) -> bool:
     return type(own["_parameters"].get("weight")) is nn.Parameter
 
 
-def is_thin(states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product of float32 states and weights (outputs, inputs) is faster the other way, without autograd."""
-    if weight.numel() < LEAST_WEIGHTS or states.shape[-1] != weight.shape[1]:
-        return False
-    rows = states.numel() // weight.shape[1]
+def has_few_rows(states: torch.Tensor) -> bool:
+    """Whether float32 states (..., inputs) are so few rows that products may be faster the other way."""
     is_alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
     most = MOST_ROWS if is_alone else MOST_ROWS_OF_THREADS
+    return 0 < states.shape[:-1].numel() <= most and states.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
+def is_read_faster(weight: torch.Tensor, inputs: int) -> bool:
+    """Whether weights (outputs, inputs) are faster the other way, with few rows."""
     return (
-        0 < rows <= most
-        and states.is_cpu
-        and weight.is_cpu
+        weight.numel() >= LEAST_WEIGHTS
         and weight.dtype is torch.float32
-        and weight.is_contiguous()
+        and weight.is_cpu
+        and weight.shape[1] == inputs
         and weight.shape[0] % 2 == 0
-        and not torch.is_autocast_enabled("cpu")
+        and weight.is_contiguous()
     )
 
 
-def thin_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """states @ weight.T + bias; `weight` (outputs, inputs) has an even number of outputs."""
+def thin_columns(states: torch.Tensor) -> torch.Tensor:
+    """States (..., inputs) as columns (2, inputs, rows), once for each half of the weights."""
+    return states.reshape(1, -1, states.shape[-1]).expand(2, -1, -1).mT
+
+
+def thin_product(
+    columns: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: torch.Size
+) -> torch.Tensor:
+    """
+    states @ weight.T + bias, (*shape, outputs).
+
+    Args:
+        columns: of the states, see [`thin_columns`].
+        weight: (outputs, inputs); the number of outputs is even.
+        shape: of the states, but for their last dimension.
+    """
     outputs, inputs = weight.shape
-    columns = states.reshape(-1, inputs).t()
-    product = torch.bmm(weight.view(2, outputs // 2, inputs), columns.expand(2, -1, -1))
-    product = product.view(outputs, -1).t().contiguous()
-    if bias is not None:
-        product += bias
-    return product.view(*states.shape[:-1], outputs)
+    product = torch.bmm(weight.view(2, outputs // 2, inputs), columns)
+    # Copied, since rows that are no rows in memory make the next product slow.
+    product = product.permute(2, 0, 1).contiguous().view(*shape, outputs)
+    return product if bias is None else product.add_(bias)

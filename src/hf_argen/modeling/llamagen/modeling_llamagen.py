@@ -92,13 +92,13 @@ class LlamaGenLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        attended = self.self_attn(
-            self.input_layernorm(hidden_states), rotation, attention_mask, past_key_values
-        )
+        parts = self._modules  # see `linears`
+        normed = parts["input_layernorm"](hidden_states)
+        attended = parts["self_attn"](normed, rotation, attention_mask, past_key_values)
         if self.training:
             attended = self.drop_path(attended)
-        normed, hidden_states = self.post_attention_layernorm(hidden_states, attended)
-        transformed = self.mlp(normed)
+        normed, hidden_states = parts["post_attention_layernorm"](hidden_states, attended)
+        transformed = parts["mlp"](normed)
         if self.training:
             transformed = self.drop_path(transformed)
         return hidden_states + transformed

@@ -71,9 +71,10 @@ class RarAttention(HeadedAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         query, key, value = self.heads(hidden_states)
-        fused = fused_layer_norms(query, self.q_norm, self.k_norm)
+        query_norm, key_norm = self._modules["q_norm"], self._modules["k_norm"]  # see `linears`
+        fused = fused_layer_norms(query, query_norm, key_norm)
         if not fused:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = query_norm(query), key_norm(key)
         return self.attend(query, key, value, attention_mask, past_key_values, **fused)
 
 
@@ -97,15 +98,16 @@ class RarLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(
+        parts = self._modules  # see `linears`
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts["modulation"](
             conditions
         ).unbind(2)
-        normed, _ = self.input_layernorm(hidden_states, scale_attn, shift_attn)
-        attended = self.self_attn(normed, attention_mask, past_key_values)
-        normed, hidden_states = self.post_attention_layernorm(
+        normed, _ = parts["input_layernorm"](hidden_states, scale_attn, shift_attn)
+        attended = parts["self_attn"](normed, attention_mask, past_key_values)
+        normed, hidden_states = parts["post_attention_layernorm"](
             hidden_states, scale_mlp, shift_mlp, attended, gate_attn
         )
-        return gated_residual(hidden_states, self.mlp(normed), gate_mlp)
+        return gated_residual(hidden_states, parts["mlp"](normed), gate_mlp)
 
 
 class RarPreTrainedModel(ArgenPreTrainedModel):
