@@ -60,9 +60,12 @@ def is_plain(layer: nn.Module) -> bool:
 
 def has_few_rows(states: torch.Tensor) -> bool:
     """Whether float32 states (..., inputs) are so few rows that products may be faster the other way."""
-    is_alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
-    most = MOST_ROWS if is_alone else MOST_ROWS_OF_THREADS
-    return 0 < states.shape[:-1].numel() <= most and states.is_cpu and not torch.is_autocast_enabled("cpu")
+    rows = states.numel() // (states.shape[-1] or 1)
+    if rows > MOST_ROWS:
+        is_alone = torch.compiler.is_compiling() or torch.get_num_threads() == 1
+        if is_alone or rows > MOST_ROWS_OF_THREADS:
+            return False
+    return rows > 0 and states.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def is_read_faster(weight: torch.Tensor, inputs: int) -> bool:
