@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def load_theirs(reference: Path, options: argparse.Namespace, folder: Path | Non
         from models.vae import AutoencoderKL
 
         tokenizer = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4))
-        transformer = MAR(norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6), **shape(options))
+        transformer = MAR(norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), **shape(options))
     if folder is None:
         randomize(transformer.diffloss)
     else:
