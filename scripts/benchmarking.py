@@ -406,9 +406,8 @@ def kinds_table(
 
 def time_outside_products(call: Callable[[], Any]) -> float:
     """Seconds of the operations of a call that are no part of `PRODUCTS`, from a profiled run."""
-    marks = [
-        (*one, record_function(PRODUCT)) for one in PRODUCTS
-    ]  # events of that name, which hold those within
+    # Every call becomes an event of that name, which holds those within.
+    marks = [(*one, record_function(PRODUCT)) for one in PRODUCTS]
     with wrapped(marks), profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()
     spent = 0.0

@@ -33,9 +33,7 @@ def adaln(
 
 
 def gated_residual(
-    hidden_states: torch.Tensor, update: torch.Tensor | None, gate: torch.Tensor | None
+    hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None
 ) -> torch.Tensor:
     """hidden_states + gate * update; one elementwise operation, which no kernel does better."""
-    if update is None:
-        return hidden_states
     return hidden_states + update if gate is None else torch.addcmul(hidden_states, update, gate)

@@ -44,15 +44,15 @@ class Rotation(NamedTuple):
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Turns (..., rows, heads, n, head_dim), in float32."""
-        if self.factors is not None and not torch.is_grad_enabled():
-            # The same numbers as below, seen as complex ones at once, which has no gradients.
-            turned = (states.float().view(torch.complex64) * self.factors).view(torch.float32)
-            return turned if states.dtype is torch.float32 else turned.to(states.dtype)
+        if self.factors is not None:
+            if torch.is_grad_enabled():
+                pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+                turned = torch.view_as_real(pairs * self.factors).flatten(-2)
+            else:  # the same numbers, seen as complex ones at once, which has no gradients
+                turned = (states.float().view(torch.complex64) * self.factors).view(torch.float32)
+            return turned.to(states.dtype)
         shape = (-1, 2) if self.interleaved else (2, -1)
         pairs = states.float().view(*states.shape[:-1], *shape)
-        if self.factors is not None:
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * self.factors)
-            return turned.flatten(-2).to(states.dtype)
         # (first, second) * cos + (second, first) * (-sin, sin)
         swapped = pairs.flip(-1 if self.interleaved else -2)
         return torch.addcmul(pairs * self.kept, swapped, self.turned).flatten(-2).to(states.dtype)
