@@ -13,7 +13,7 @@ from hf_argen.generation.decoding.speculative import acceptance
 from hf_argen.generation.decoding.speculative.draft_tree import DraftTree
 from hf_argen.generation.decoding.speculative.ngram import Occurrences
 from hf_argen.generation.predictors.masks import Pattern, View, additive, additive_of_nodes
-from hf_argen.generation.predictors.tree import NodeTree
+from hf_argen.generation.predictors.tree import NodeTree, closure
 from hf_argen.generation.transcript import Transcript
 
 
@@ -70,11 +70,18 @@ def test_who_sees_whom_grows_level_by_level():
             new = torch.randint(-1, nodes.size, (batch, n), generator=generator)
             nodes.grow(n, new, batch, torch.device("cpu"))
             parents.append(new)
-            assert nodes._table is not None
-            whole = NodeTree()
-            whole.size, whole._parents = nodes.size, torch.cat(parents, dim=1)
-            expected = whole._closure(torch.device("cpu"))
+            expected = closure(torch.cat(parents, dim=1))
             assert torch.equal(nodes.ancestors(nodes.size, torch.device("cpu")), expected)
+            assert torch.equal(nodes.depths(n, torch.device("cpu")), expected[:, -n:].sum(dim=-1) - 1)
+        rows = torch.tensor([batch - 1, 0])
+        nodes.select_rows(rows)
+        nodes.grow(2, None, 2, torch.device("cpu"))  # a chain after
+        expected = torch.nn.functional.pad(expected[rows], (0, 2, 0, 2))
+        expected[:, -2] = expected[:, -3]
+        expected[:, -2, -2] = True
+        expected[:, -1] = expected[:, -2]
+        expected[:, -1, -1] = True
+        assert torch.equal(nodes.ancestors(nodes.size, torch.device("cpu")), expected)
     within = torch.tensor([[-1, 0, 1]])  # nodes that continue each other
     tree = NodeTree()
     tree.grow(3, within, 1, torch.device("cpu"))
@@ -91,17 +98,39 @@ def test_masks_of_even_rows(batch, rows):
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
-def test_positions_that_are_moved_together():
+@pytest.mark.parametrize("own", [False, True])
+def test_positions_that_are_moved_together(own):
     torch.manual_seed(0)
-    keys = torch.randn(1, 2, 9, 4)
-    caches = [PreallocatedCache(1, 12), PreallocatedCache(1, 12)]
+    keys = torch.randn(3, 2, 2, 9, 4)  # of three layers, two rows
+    caches = [PreallocatedCache(3, 9 if own else 12) for _ in range(2)]
     for cache in caches:
-        cache.update(keys, -keys, 0)
+        for i, layer in enumerate(keys):
+            cache.update(layer[:, :, :8], -layer[:, :, :8], i)
+            cache.update(layer[:, :, 8:], -layer[:, :, 8:], i)
+        if own:  # a layer that has grown has memory of its own
+            cache.layers[1]._grow(20)
+        assert (cache._as_one() is None) == own
     caches[0].pack(torch.tensor([4, 6, 7]), 4)
-    caches[1].move(torch.tensor([[4, 6, 7]]), torch.tensor([[4, 5, 6]]))
-    for one, other in ((caches[0].layers[0].keys, caches[1].layers[0].keys),):
-        assert torch.equal(one, other) and torch.equal(one[:, :, 4:7], keys[:, :, [4, 6, 7]])
-    assert torch.equal(caches[0].layers[0].values, caches[1].layers[0].values)
+    caches[1].move(torch.tensor([[4, 6, 7]] * 2), torch.tensor([[4, 5, 6]] * 2))
+    keys[..., 4:7, :] = keys[..., [4, 6, 7], :].clone()
+    for cache in caches:
+        for layer, expected in zip(cache.layers, keys, strict=True):
+            assert torch.equal(layer.keys[:, :, :9], expected)
+            assert torch.equal(layer.values[:, :, :9], -expected)
+    assert (cache._as_one() is None) == own
+
+
+def test_layers_of_several_widths_have_memory_of_their_own():
+    cache = PreallocatedCache(2, 5)
+    for i, heads in enumerate((2, 3)):
+        states = torch.randn(1, heads, 5, 4)
+        cache.update(states, states, i)
+        cache.layers[i].expected = states
+    cache.pack(torch.tensor([4]), 2)
+    assert cache._as_one() is None
+    for layer in cache.layers:
+        layer.expected[:, :, 2] = layer.expected[:, :, 4]
+        assert torch.equal(layer.keys, layer.expected) and torch.equal(layer.values, layer.expected)
 
 
 class Never(StoppingCriteria):

@@ -1,6 +1,7 @@
 """A key-value cache that owns its memory from the start and rolls back by moving a pointer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,16 @@ class TreeView(NamedTuple):
         return TreeView(self.starts.to(device), self.ancestors.to(device), self.nodes, hidden)
 
 
+Memory = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def zeros(keys: torch.Tensor, values: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for `capacity` positions of keys and of values (batch, heads, n, head_dim)."""
+    # Zeros, since a hidden position still takes part in the sum over values, with weight 0, and 0 * NaN is NaN.
+    one, other = (like.new_zeros(*like.shape[:2], capacity, like.shape[3]) for like in (keys, values))
+    return one, other
+
+
 class PreallocatedLayer(CacheLayerMixin):
     """
     Keys and values (batch, heads, capacity, head_dim) of one layer, of which the first `length` positions are valid.
@@ -42,22 +53,22 @@ class PreallocatedLayer(CacheLayerMixin):
         capacity: positions to allocate; a longer sequence doubles it unless `fixed`.
         fixed: refuse to grow, so that addresses stay static.
         whole: give attention all positions, empty ones too, so that shapes stay static; the mask has to hide them.
+        memory: gives the memory for what keys and values look like, and a capacity.
     """
 
-    def __init__(self, capacity: int, fixed: bool = False, whole: bool = False):
+    def __init__(self, capacity: int, fixed: bool = False, whole: bool = False, memory: Memory | None = None):
         super().__init__()
         self.capacity = capacity
         self.fixed = fixed
         self.whole = whole
+        self._memory = memory or zeros
         self.length = 0
         self.places: torch.Tensor | None = None
         self.value_weights: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Zeros, since a hidden position still takes part in the sum over values, with weight 0, and 0 * NaN is NaN.
-        self.keys = key_states.new_zeros(*key_states.shape[:2], self.capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[3])
+        self.keys, self.values = self._memory(key_states, value_states, self.capacity)
         self.is_initialized = True
 
     def update(
@@ -160,6 +171,51 @@ class PreallocatedLayer(CacheLayerMixin):
         return (self.capacity if self.whole else self.length + query_length), 0
 
 
+class CommonMemory:
+    """
+    The memory of all layers in one piece, as long as none asks for another shape or gets memory of its own later; so
+    positions of all are copied in a few calls. For a CPU, where memory costs nothing before it is written to.
+    """
+
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self._all: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+        self._one: PreallocatedLayer | None = None
+
+    def part(
+        self, index: int, keys: torch.Tensor, values: torch.Tensor, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """That of one layer; see [`zeros`]."""
+        if keys.device.type != "cpu":
+            return zeros(keys, values, capacity)
+        if self._all is None:
+            one, other = (
+                like.new_empty(self.num_layers, *like.shape[:2], capacity, like.shape[3])
+                for like in (keys, values)
+            )
+            self._all = one, other
+        for like, whole in zip((keys, values), self._all, strict=True):
+            shape = (*like.shape[:2], capacity, like.shape[3])
+            if whole.shape[1:] != shape or whole.dtype != like.dtype or index in self._parts:
+                return zeros(keys, values, capacity)
+        one, other = (whole[index].zero_() for whole in self._all)
+        self._parts[index] = one
+        return one, other
+
+    def as_one(self, layers: list[PreallocatedLayer]) -> PreallocatedLayer | None:
+        """A layer of all layers' rows; `None` unless each of them still has its part."""
+        if self._all is None:
+            return None
+        if any(layer.keys is not self._parts.get(i, layer) for i, layer in enumerate(layers)):
+            self._all = self._one = None  # for good, so that the memory is not kept beside theirs
+        elif self._one is None:
+            self._one = PreallocatedLayer(layers[0].capacity)
+            self._one.keys, self._one.values = (whole.flatten(0, 1) for whole in self._all)
+            self._one.is_initialized = True
+        return self._one
+
+
 class PreallocatedCache(Cache):
     """
     One [`PreallocatedLayer`] per transformer layer, and a memo of what a layer computes from the request alone.
@@ -170,7 +226,10 @@ class PreallocatedCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int, fixed: bool = False, whole: bool = False):
-        super().__init__(layers=[PreallocatedLayer(capacity, fixed, whole) for _ in range(num_layers)])
+        # Compiled graphs that write to parts of one tensor would have to be written for the whole of it.
+        self._common = None if fixed else CommonMemory(num_layers)
+        memories = [partial(self._common.part, i) if self._common else None for i in range(num_layers)]
+        super().__init__(layers=[PreallocatedLayer(capacity, fixed, whole, memory) for memory in memories])
         self.memo: dict[Any, torch.Tensor] = {}
         self.tree: TreeView | None = None  # where attention goes by it, not by a mask
 
@@ -232,13 +291,19 @@ class PreallocatedCache(Cache):
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies positions within each row, in every layer."""
-        for layer in self.layers:
+        if (one := self._as_one()) is not None:
+            source, target = (part.repeat(len(self.layers), 1) for part in (source, target))
+        for layer in self.layers if one is None else [one]:
             layer.move(source, target)
 
     def pack(self, source: torch.Tensor, start: int) -> None:
         """Copies positions to others next to each other, in every layer; see [`PreallocatedLayer`]."""
-        for layer in self.layers:
+        one = self._as_one()
+        for layer in self.layers if one is None else [one]:
             layer.pack(source, start)
+
+    def _as_one(self) -> PreallocatedLayer | None:
+        return None if self._common is None else self._common.as_one(self.layers)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps, repeats or reorders rows of the batch in every layer and in the memo."""

@@ -191,6 +191,7 @@ class EaglePredictor(NextTokenPredictor):
         self.head: nn.Module = target.get_output_embeddings()
         self.head_dtype = target.dtype
         self.vocab_size = network.config.vocab_size
+        self.draft_ids = network.draft_ids
         # The features to feed, and then those that came out, (batch, n, size).
         self.features: torch.Tensor | None = None
         self._counts: list[int] | None = None  # of which tokens alone logits are wanted, see `add`
@@ -206,9 +207,10 @@ class EaglePredictor(NextTokenPredictor):
         if hidden is not None:
             positions = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
         mask = causal_mask(length, hidden, self.model.dtype, tokens.device)
-        self.features = self._next_features(features, tokens, positions, mask)
+        self.features = features
+        logits = self._next(tokens, positions, mask, [length] * batch)
         self._prompt_is_read()
-        return self._logits(self.features[:, -1])
+        return logits[:, 0]
 
     def add(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """
@@ -226,36 +228,32 @@ class EaglePredictor(NextTokenPredictor):
             positions = positions - self._hidden.sum(dim=1)[:, None]
         needs_mask = needs_mask or tokens.shape[1] > 1 or self._hidden is not None or self.is_static
         mask = self.mask(tokens.shape[1], self.model.dtype) if needs_mask else None
-        self.features = self._next_features(self.features, tokens, positions, mask)
-        if self._counts is not None:  # only the last of each row counts, and the head is most of the work
-            self.features = last_of_each(self.features, self._counts)[:, None]
-        return self._logits(self.features)
+        return self._next(tokens, positions, mask, self._counts)
 
-    def _next_features(
+    def _next(
         self,
-        features: torch.Tensor,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | None,
+        counts: list[int] | None,
     ) -> torch.Tensor:
-        return self.model(
-            features.to(self.model.dtype),
+        """Puts the features that come out in place of those that go in; logits (batch, n, vocab_size) float32."""
+        output = self.model(
+            self.features.to(self.model.dtype),
             inputs_embeds=self.embed(tokens),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
-            with_logits=False,
-        ).last_hidden_state
-
-    def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., vocab_size) float32 of features (..., hidden_size)."""
-        if self.model.config.version == 1:
-            return self.head(features.to(self.head_dtype)).float()
-        logits = self.model.logits_of(features).float()
-        if (ids := self.model.draft_ids) is None:
+            counts=counts,
+        )
+        self.features = output.last_hidden_state
+        if output.logits is None:
+            return self.head(self.features.to(self.head_dtype)).float()
+        logits = output.logits.float()
+        if self.draft_ids is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
-        return whole.index_copy(-1, ids, logits)
+        return whole.scatter_(-1, self.draft_ids.expand(logits.shape), logits)
 
 
 class EagleDrafting(Drafting):

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from ...generation.decoding.speculative.drafters import Drafter
+from ...generation.decoding.speculative.drafters import Drafter, last_of_each
 from ..checkpoints import ConversionError
 from ..layers.attention import HeadedAttention, causal_mask
 from ..layers.linear import linear
@@ -234,6 +234,10 @@ class Eagle(DrafterPreTrainedModel):
         )
         return config, state
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The drafter's own head; version 1 has none."""
+        return getattr(self, "lm_head", None)
+
     @property
     def draft_ids(self) -> torch.Tensor | None:
         """(draft_vocab_size,) int64: which tokens the logits are of; `None` if of all in their order."""
@@ -249,6 +253,7 @@ class Eagle(DrafterPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         with_logits: bool = True,
+        counts: list[int] | None = None,
     ) -> EagleOutput:
         """
         Args:
@@ -259,6 +264,8 @@ class Eagle(DrafterPreTrainedModel):
             attention_mask: additive, (batch or 1, 1, length, positions); default: causal.
             position_ids: (batch, length) int64, of the hidden states; default: 0, 1, 2, ...
             with_logits: whether version 3 computes its logits; `logits_of` gives those of some positions.
+            counts: how many positions of each row are meant; then only what is drafted after the last of them is given,
+                a length of 1, since the head is most of the work. Default: all.
         """
         if inputs_embeds is None:
             if self.embed_tokens is None:
@@ -277,10 +284,14 @@ class Eagle(DrafterPreTrainedModel):
             hidden_states = linear(self.fc, torch.cat([embeds, hidden_states], dim=-1))
             for layer in self.layers:
                 hidden_states = layer(hidden_states, *attention)
+            if counts is not None:
+                hidden_states = last_of_each(hidden_states, counts)[:, None]
             return EagleOutput(last_hidden_state=hidden_states)
         if hidden_states.shape[-1] != self.config.hidden_size:
             hidden_states = linear(self.fc, self._normed_features(hidden_states))
         hidden_states = self.midlayer(embeds, hidden_states, *attention)
+        if counts is not None:
+            hidden_states = last_of_each(hidden_states, counts)[:, None]
         if self.config.norm_output:
             hidden_states = self.norm(hidden_states)
         logits = self.logits_of(hidden_states) if with_logits else None
