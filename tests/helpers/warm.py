@@ -13,6 +13,7 @@ import hf_argen.pipelines.class_to_image  # noqa: F401
 from hf_argen import VarForImageGeneration
 from hf_argen.auto import new_processor
 
+from ..modeling import test_shared  # noqa: F401
 from .tiny import sized_var, tiny_var
 
 torch.set_num_threads(1)  # no pool of threads, which would not survive a fork
