@@ -69,6 +69,14 @@ def test_everything_is_lossless(load_script, folders, tmp_path, monkeypatch, cap
     assert script.failures([script.Line("a", "b", "c", {"1": 3}, 3, 2e-5, 1.0)])
 
 
+def test_every_so_many_th_question_is_asked(load_script, folders):
+    script = load_script("benchmark_speculative")
+    source = folders / "questions.jsonl"
+    arguments = [str(folders / "model"), "--questions", str(source), "--every", "2", "--count", "2"]
+    asked = script.Bench(script.parse(arguments)).prompts
+    assert asked == script.read_questions(source)[0:4:2] and len(asked) == 2
+
+
 def test_the_benchmark(load_script, folders, tmp_path, monkeypatch, capsys):
     script = load_script("benchmark_speculative")
     monkeypatch.setattr(script, "WARM_UPS", 1)
