@@ -40,7 +40,7 @@ LOOKUP_TOKENS = 10
 CONFIDENT = Chain(8, confidence=0.4)
 # Small trees, since on a CPU every node more costs.
 EAGLE_TREES = {
-    "Chain": Chain(4),
+    "Chain": Chain(5),
     "Chain of 8 that ends early": CONFIDENT,
     "DynamicTree": DynamicTree(16, 3, 3),
     "OptTree": OptTree(12, 0.2, 5),
