@@ -43,7 +43,7 @@ EAGLE_TREES = {
     "Chain": Chain(5),
     "Chain of 8 that ends early": CONFIDENT,
     "DynamicTree": DynamicTree(16, 3, 3),
-    "OptTree": OptTree(12, 0.2, 5),
+    "OptTree": OptTree(8, 0.2, 6),
 }
 MEDUSA_TREES = {
     "Chain": Chain(4),

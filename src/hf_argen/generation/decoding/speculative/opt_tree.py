@@ -48,23 +48,25 @@ class OptTree(Tree):
         width = min(self.nodes, best.shape[-1])
         weights, tokens = best.topk(width, dim=-1)
         layers = [(tokens, weights, torch.full_like(tokens, -1))]
-        expected = torch.zeros_like(weights[:, 0])
-        levels = torch.zeros_like(tokens[:, 0])  # of each row's tree; 0: still growing
+        expected = [0.0] * len(tokens)
+        levels = [0] * len(tokens)  # of each row's tree; 0: still growing
         most = min(self.max_depth, depth + 1)
         while True:
             tokens, weights, parents = layers[-1]
-            fed = torch.where(parents < 0, -1, parents + max(len(layers) - 2, 0) * width)
+            fed = parents if len(layers) == 1 else parents + (len(layers) - 2) * width
             probs = drafter.expand(tokens, fed).softmax(dim=-1)
             values, ids = probs.topk(width, dim=-1)
             weights, place = (values * weights.unsqueeze(-1)).flatten(1).topk(width, dim=-1)
             layers.append((ids.flatten(1).gather(1, place), weights, place // width))
             known = torch.cat([layer[1] for layer in layers[:-1]], dim=1)
-            total = known.topk(min(self.nodes, known.shape[1]), dim=-1).values.sum(dim=-1)
-            grows = (total - expected > self.threshold) & (len(layers) < most)
-            levels = torch.where((levels == 0) & ~grows, len(layers) - 1, levels)
+            # Whether to go on is decided on the host, which has to know it anyway.
+            total = known.topk(min(self.nodes, known.shape[1]), dim=-1).values.sum(dim=-1).tolist()
+            for row, (now, before) in enumerate(zip(total, expected, strict=True)):
+                grows = now - before > self.threshold and len(layers) < most
+                levels[row] = levels[row] or (0 if grows else len(layers) - 1)
             expected = total
-            if bool((levels > 0).all()):
-                return self.selected(layers, levels, width)
+            if all(levels):
+                return self.selected(layers, torch.tensor(levels, device=tokens.device), width)
 
     def selected(
         self, layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], levels: torch.Tensor, width: int
