@@ -406,7 +406,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--random", type=int, nargs=2, metavar=("WIDTH", "DEPTH"), help="a Llama of random weights"
     )
     parser.add_argument("--count", type=int, default=80, help="questions, at most")
-    parser.add_argument("--every", type=int, default=1, help="every how many-th question is asked")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="ask every N-th question")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens, at most")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--dtype", default="float32")

@@ -24,7 +24,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TOKENIZER = CHECKPOINTS / "emoji-vq"
 LANGUAGE_MODEL = CHECKPOINTS / "python-lm"
 # Their drafters, and how many tokens a step gives with them.
-DRAFTED = {"python-lm": ("python-lm-eagle", 2.0), "python-lm-deep": ("python-lm-deep-eagle3", 2.2)}
+DRAFTED = {"python-lm": ("python-lm-eagle", 2.0), "python-lm-deep": ("python-lm-deep-eagle3", 2.5)}
 
 
 def test_it_is_half_precision_and_described():

@@ -75,12 +75,9 @@ def test_who_sees_whom_grows_level_by_level():
             assert torch.equal(nodes.depths(n, torch.device("cpu")), expected[:, -n:].sum(dim=-1) - 1)
         rows = torch.tensor([batch - 1, 0])
         nodes.select_rows(rows)
-        nodes.grow(2, None, 2, torch.device("cpu"))  # a chain after
-        expected = torch.nn.functional.pad(expected[rows], (0, 2, 0, 2))
-        expected[:, -2] = expected[:, -3]
-        expected[:, -2, -2] = True
-        expected[:, -1] = expected[:, -2]
-        expected[:, -1, -1] = True
+        chain = torch.tensor([[nodes.size - 1, nodes.size]] * 2)  # after
+        nodes.grow(2, None, 2, torch.device("cpu"))
+        expected = closure(torch.cat([torch.cat(parents, dim=1)[rows], chain], dim=1))
         assert torch.equal(nodes.ancestors(nodes.size, torch.device("cpu")), expected)
     within = torch.tensor([[-1, 0, 1]])  # nodes that continue each other
     tree = NodeTree()
@@ -131,6 +128,20 @@ def test_layers_of_several_widths_have_memory_of_their_own():
     for layer in cache.layers:
         layer.expected[:, :, 2] = layer.expected[:, :, 4]
         assert torch.equal(layer.keys, layer.expected) and torch.equal(layer.values, layer.expected)
+
+
+def test_a_layer_that_begins_after_a_move_shares_no_memory():
+    torch.manual_seed(0)
+    states = torch.randn(2, 1, 2, 5, 4)
+    cache = PreallocatedCache(2, 5)
+    cache.update(states[0], states[0], 0)
+    cache.pack(torch.tensor([4]), 2)
+    cache.update(states[1], states[1], 1)
+    cache.pack(torch.tensor([3]), 0)
+    states[0][:, :, 2] = states[0][:, :, 4]
+    states[..., 0, :] = states[..., 3, :]
+    for layer, expected in zip(cache.layers, states, strict=True):
+        assert torch.equal(layer.keys[:, :, :5], expected)
 
 
 class Never(StoppingCriteria):

@@ -35,10 +35,15 @@ class TreeView(NamedTuple):
 Memory = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
+def with_capacity(like: torch.Tensor, capacity: int) -> tuple[int, ...]:
+    """The shape (batch, heads, n, head_dim) with another number of positions."""
+    return (*like.shape[:2], capacity, like.shape[3])
+
+
 def zeros(keys: torch.Tensor, values: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for `capacity` positions of keys and of values (batch, heads, n, head_dim)."""
     # Zeros, since a hidden position still takes part in the sum over values, with weight 0, and 0 * NaN is NaN.
-    one, other = (like.new_zeros(*like.shape[:2], capacity, like.shape[3]) for like in (keys, values))
+    one, other = (like.new_zeros(with_capacity(like, capacity)) for like in (keys, values))
     return one, other
 
 
@@ -132,7 +137,7 @@ class PreallocatedLayer(CacheLayerMixin):
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+            new = old.new_zeros(with_capacity(old, self.capacity))
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
@@ -191,13 +196,12 @@ class CommonMemory:
             return zeros(keys, values, capacity)
         if self._all is None:
             one, other = (
-                like.new_empty(self.num_layers, *like.shape[:2], capacity, like.shape[3])
-                for like in (keys, values)
+                like.new_empty(self.num_layers, *with_capacity(like, capacity)) for like in (keys, values)
             )
             self._all = one, other
         for like, whole in zip((keys, values), self._all, strict=True):
-            shape = (*like.shape[:2], capacity, like.shape[3])
-            if whole.shape[1:] != shape or whole.dtype != like.dtype or index in self._parts:
+            is_alike = whole.shape[1:] == with_capacity(like, capacity) and whole.dtype == like.dtype
+            if not is_alike or index in self._parts:
                 return zeros(keys, values, capacity)
         one, other = (whole[index].zero_() for whole in self._all)
         self._parts[index] = one
@@ -208,7 +212,8 @@ class CommonMemory:
         if self._all is None:
             return None
         if any(layer.keys is not self._parts.get(i, layer) for i, layer in enumerate(layers)):
-            self._all = self._one = None  # for good, so that the memory is not kept beside theirs
+            # So that it is not kept beside their own; a layer that begins later shares with none of these.
+            self._all, self._one, self._parts = None, None, {}
         elif self._one is None:
             self._one = PreallocatedLayer(layers[0].capacity)
             self._one.keys, self._one.values = (whole.flatten(0, 1) for whole in self._all)

@@ -32,8 +32,10 @@ class NodeTree:
             if self._walk is None:
                 self._walk = HostWalk(batch_size)
                 self._walk.grow([list(range(-1, self.size - 1))] * batch_size)
-            chain = [list(range(self.size - 1, self.size + n - 1))] * batch_size
-            self._walk.grow(chain if parents is None else parents.tolist())
+            if parents is None:
+                self._walk.grow([list(range(self.size - 1, self.size + n - 1))] * batch_size)
+            else:
+                self._walk.grow(parents.tolist())
         else:
             if self._parents is None:
                 self._parents = torch.arange(-1, self.size - 1, device=device).repeat(batch_size, 1)

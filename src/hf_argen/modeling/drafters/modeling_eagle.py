@@ -284,14 +284,14 @@ class Eagle(DrafterPreTrainedModel):
             hidden_states = linear(self.fc, torch.cat([embeds, hidden_states], dim=-1))
             for layer in self.layers:
                 hidden_states = layer(hidden_states, *attention)
-            if counts is not None:
-                hidden_states = last_of_each(hidden_states, counts)[:, None]
-            return EagleOutput(last_hidden_state=hidden_states)
-        if hidden_states.shape[-1] != self.config.hidden_size:
-            hidden_states = linear(self.fc, self._normed_features(hidden_states))
-        hidden_states = self.midlayer(embeds, hidden_states, *attention)
+        else:
+            if hidden_states.shape[-1] != self.config.hidden_size:
+                hidden_states = linear(self.fc, self._normed_features(hidden_states))
+            hidden_states = self.midlayer(embeds, hidden_states, *attention)
         if counts is not None:
             hidden_states = last_of_each(hidden_states, counts)[:, None]
+        if self.config.version == 1:
+            return EagleOutput(last_hidden_state=hidden_states)
         if self.config.norm_output:
             hidden_states = self.norm(hidden_states)
         logits = self.logits_of(hidden_states) if with_logits else None
