@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_argen import Chain, DynamicTree, IndependentSequences, OptTree, StaticTree
-from hf_argen.generation.decoding.speculative.draft_tree import DraftContext, DraftTree
+from hf_argen.generation.decoding.speculative.draft_tree import DraftContext, DraftTree, Nodes
 from hf_argen.generation.decoding.speculative.trees import Tree
 from hf_argen.generation.predictors.tree import NodeTree
 from hf_argen.generation.transcript import Transcript
@@ -14,14 +14,11 @@ from hf_argen.generation.transcript import Transcript
 from ...helpers.goldens import golden
 
 
-class Recorded:
+class Recorded(Nodes):
     """A drafter whose distributions were recorded: one tensor (batch, nodes, vocab_size) of logits a call."""
 
     def __init__(self, *logits):
         self.logits, self.calls = list(logits), []
-
-    def ready(self, length):
-        return None
 
     def root(self):
         return self.logits[0][:, 0]
@@ -31,15 +28,12 @@ class Recorded:
         return self.logits[len(self.calls)]
 
 
-class Table:
+class Table(Nodes):
     """A drafter that knows the distribution after every path of tokens: a table of what follows the last one."""
 
     def __init__(self, batch, vocab, seed=0, spread=2.0):
         generator = torch.Generator().manual_seed(seed)
         self.table = spread * torch.randn(batch, vocab + 1, vocab, generator=generator)
-
-    def ready(self, length):
-        return None
 
     def root(self):
         return self.table[:, -1]
@@ -171,11 +165,8 @@ def test_candidates_of_medusa(name):
     case = golden("medusa", name)
     heads = case.tensors["forward/medusa_logits"][:, 0, -1]
 
-    class Heads:
+    class Heads(Nodes):
         depth = 0
-
-        def ready(self, length):
-            return None
 
         def root(self):
             return heads[:1]

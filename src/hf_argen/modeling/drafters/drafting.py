@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ...generation import _compat
 from ...generation.decoding import Request
 from ...generation.decoding.speculative.acceptance import Verdict
-from ...generation.decoding.speculative.draft_tree import DraftContext
+from ...generation.decoding.speculative.draft_tree import DraftContext, likeliest
 from ...generation.decoding.speculative.drafters import Drafter, Drafting, last_of_each
 from ...generation.decoding.speculative.dynamic_tree import DynamicTree
 from ...generation.decoding.speculative.trees import StaticTree, Tree
@@ -190,8 +190,6 @@ class EaglePredictor(NextTokenPredictor):
         self.embed: nn.Module = network.embed_tokens or target.get_input_embeddings()
         self.head: nn.Module = target.get_output_embeddings()
         self.head_dtype = target.dtype
-        self.vocab_size = network.config.vocab_size
-        self.draft_ids = network.draft_ids
         # The features to feed, and then those that came out, (batch, n, size).
         self.features: torch.Tensor | None = None
         self._counts: list[int] | None = None  # of which tokens alone logits are wanted, see `add`
@@ -200,7 +198,7 @@ class EaglePredictor(NextTokenPredictor):
         return 0
 
     def read(self, features: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-        """The features of the prompt, each with the token after it; logits (batch, vocab_size) after the last."""
+        """The features of the prompt, each with the token after it; logits (batch, tokens) after the last."""
         batch, length = tokens.shape
         self.start(batch, length, hidden, tokens.device)
         positions = torch.arange(length, device=tokens.device).expand(batch, -1)
@@ -215,7 +213,7 @@ class EaglePredictor(NextTokenPredictor):
     def add(self, features: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """
         Makes the first `counts` of the tokens of each row part of the sequence, each with the feature before it; logits
-        (batch, vocab_size) after the last of them.
+        (batch, tokens) after the last of them.
         """
         self.features, self._counts = features, counts
         logits = self.predict(tokens)
@@ -237,7 +235,7 @@ class EaglePredictor(NextTokenPredictor):
         mask: torch.Tensor | None,
         counts: list[int] | None,
     ) -> torch.Tensor:
-        """Puts the features that come out in place of those that go in; logits (batch, n, vocab_size) float32."""
+        """Puts the features that come out in place of those that go in; logits (batch, n, tokens) float32."""
         output = self.model(
             self.features.to(self.model.dtype),
             inputs_embeds=self.embed(tokens),
@@ -249,11 +247,7 @@ class EaglePredictor(NextTokenPredictor):
         self.features = output.last_hidden_state
         if output.logits is None:
             return self.head(self.features.to(self.head_dtype)).float()
-        logits = output.logits.float()
-        if self.draft_ids is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
-        return whole.scatter_(-1, self.draft_ids.expand(logits.shape), logits)
+        return output.logits.float()
 
 
 class EagleDrafting(Drafting):
@@ -261,6 +255,8 @@ class EagleDrafting(Drafting):
 
     def __init__(self, predictor: EaglePredictor, request: Request):
         self.predictor, self.target = predictor, request.predictor
+        network: Eagle = predictor.model
+        self._ids, self._vocab_size = network.draft_ids, network.config.vocab_size
         mask = request.inputs.get("attention_mask")
         self._hidden = None if mask is None or bool((mask != 0).all()) else mask == 0
         self._prompt: torch.Tensor | None = request.inputs["input_ids"]
@@ -281,6 +277,26 @@ class EagleDrafting(Drafting):
         self._counts = taken
 
     def root(self) -> torch.Tensor:
+        return self._of_all_tokens(self._after_rows())
+
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        return self._of_all_tokens(self._after_drafts(tokens, parents))
+
+    def root_best(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return likeliest(self._after_rows(), k, self._ids)
+
+    def expand_best(
+        self, tokens: torch.Tensor, parents: torch.Tensor | None, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return likeliest(self._after_drafts(tokens, parents), k, self._ids)
+
+    def _of_all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._ids is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self._vocab_size), -torch.inf)
+        return whole.scatter_(-1, self._ids.expand(logits.shape), logits)
+
+    def _after_rows(self) -> torch.Tensor:
         features, tokens = self._new
         if self._prompt is not None:
             self._prompt = None
@@ -291,7 +307,7 @@ class EagleDrafting(Drafting):
         self._nodes = self.predictor.features[:, -1:]
         return logits
 
-    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+    def _after_drafts(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
         if parents is None:
             self.predictor.features = self._nodes[:, -1:]
         else:

@@ -21,11 +21,43 @@ class DraftContext:
 class Nodes(Protocol):
     """Who predicts what follows drafts: a drafter at work on one request."""
 
-    def root(self) -> torch.Tensor: ...
+    def root(self) -> torch.Tensor:
+        """(batch, vocab_size) float32 logits of what follows each row. Called once a step, before `expand`."""
+        ...
 
-    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor: ...
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            tokens: (batch, n) int64, drafts.
+            parents: (batch, n) int64, which of all drafts given to this method since `root` each one continues, -1 for
+                the row; `None`: each the one before it.
 
-    def ready(self, length: int) -> "DraftTree | None": ...
+        Returns:
+            (batch, n, vocab_size) float32 logits of what follows each of them.
+        """
+        ...
+
+    def root_best(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place of `root`: log-probabilities (batch, k) and ids of the k likeliest tokens, fewer of fewer tokens."""
+        return likeliest(self.root(), k)
+
+    def expand_best(
+        self, tokens: torch.Tensor, parents: torch.Tensor | None, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place of `expand`: log-probabilities (batch, n, k) and ids of the k likeliest tokens after each draft."""
+        return likeliest(self.expand(tokens, parents), k)
+
+    def ready(self, length: int) -> "DraftTree | None":
+        """A chain of at most `length` drafts that needs no distributions; `None` from most drafters."""
+        return None
+
+
+def likeliest(
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and ids (..., k) of the likeliest tokens by logits (..., size), which are of `ids` (size,) if given."""
+    values, place = logits.log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return values, place if ids is None else ids[place]
 
 
 @dataclass

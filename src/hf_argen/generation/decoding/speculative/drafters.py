@@ -13,11 +13,11 @@ from ...predictors.next_token import NextTokenPredictor
 from ...stored import Part
 from ..base import Request
 from .acceptance import Verdict
-from .draft_tree import DraftContext, DraftTree
+from .draft_tree import DraftContext, Nodes
 from .trees import Chain, Tree
 
 
-class Drafting(ABC):
+class Drafting(Nodes, ABC):
     """
     A drafter at work on one request.
 
@@ -33,28 +33,14 @@ class Drafting(ABC):
         return 0
 
     @abstractmethod
-    def root(self) -> torch.Tensor:
-        """(batch, vocab_size) float32 logits of what follows each row. Called once a step, before `expand`."""
+    def root(self) -> torch.Tensor: ...
 
     @abstractmethod
-    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
-        """
-        Args:
-            tokens: (batch, n) int64, drafts.
-            parents: (batch, n) int64, which of all drafts given to this method since `root` each one continues, -1 for
-                the row; `None`: each the one before it.
-
-        Returns:
-            (batch, n, vocab_size) float32 logits of what follows each of them.
-        """
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor: ...
 
     @abstractmethod
     def accept(self, verdict: Verdict, taken: list[int]) -> None:
         """Hears that every row r has grown by the first `taken[r]` tokens of the verdict."""
-
-    def ready(self, length: int) -> DraftTree | None:
-        """A chain of at most `length` drafts that needs no distributions; `None` from most drafters."""
-        return None
 
 
 @dataclass

@@ -49,21 +49,18 @@ class DynamicTree(Tree):
         return self.depth + 1
 
     def grow(self, drafter: Nodes, context: DraftContext, depth: int) -> DraftTree:
-        logits = drafter.root()
-        k = min(self.top_k, logits.shape[-1])
-        best = logits.log_softmax(dim=-1).topk(k, dim=-1)
         # All scored drafts, in order: k of the first level, then k * k of each; and the number of each one's parent.
-        beam_tokens, beam_scores = best.indices, best.values
-        beams = torch.arange(k, device=logits.device).expand(len(logits), -1)
+        beam_scores, beam_tokens = drafter.root_best(self.top_k)
+        k = beam_tokens.shape[1]
+        beams = torch.arange(k, device=beam_tokens.device).expand(beam_tokens.shape)
         tokens, totals, parents = [beam_tokens], [beam_scores], [torch.full_like(beam_tokens, -1)]
         came_from = torch.full_like(
             beam_tokens, -1
         )  # the parents of the beams among all drafts that were continued
         for level in range(min(self.depth, depth - 1)):
-            logits = drafter.expand(beam_tokens, came_from)
-            best = logits.log_softmax(dim=-1).topk(k, dim=-1)
-            scores = (best.values + beam_scores.unsqueeze(-1)).flatten(1)
-            tokens.append(best.indices.flatten(1))
+            values, ids = drafter.expand_best(beam_tokens, came_from, k)
+            scores = (values + beam_scores.unsqueeze(-1)).flatten(1)
+            tokens.append(ids.flatten(1))
             totals.append(scores)
             parents.append(beams.unsqueeze(-1).expand(-1, -1, k).flatten(1))
             beam_scores, place = scores.topk(k, dim=-1)

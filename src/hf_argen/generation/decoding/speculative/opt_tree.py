@@ -44,19 +44,17 @@ class OptTree(Tree):
         return self.max_depth - 1
 
     def grow(self, drafter: Nodes, context: DraftContext, depth: int) -> DraftTree:
-        best = drafter.root().softmax(dim=-1)
-        width = min(self.nodes, best.shape[-1])
-        weights, tokens = best.topk(width, dim=-1)
-        layers = [(tokens, weights, torch.full_like(tokens, -1))]
+        values, tokens = drafter.root_best(self.nodes)
+        width = tokens.shape[1]
+        layers = [(tokens, values.exp(), torch.full_like(tokens, -1))]
         expected = [0.0] * len(tokens)
         levels = [0] * len(tokens)  # of each row's tree; 0: still growing
         most = min(self.max_depth, depth + 1)
         while True:
             tokens, weights, parents = layers[-1]
             fed = parents if len(layers) == 1 else parents + (len(layers) - 2) * width
-            probs = drafter.expand(tokens, fed).softmax(dim=-1)
-            values, ids = probs.topk(width, dim=-1)
-            weights, place = (values * weights.unsqueeze(-1)).flatten(1).topk(width, dim=-1)
+            values, ids = drafter.expand_best(tokens, fed, width)
+            weights, place = (values.exp() * weights.unsqueeze(-1)).flatten(1).topk(width, dim=-1)
             layers.append((ids.flatten(1).gather(1, place), weights, place // width))
             known = torch.cat([layer[1] for layer in layers[:-1]], dim=1)
             # Whether to go on is decided on the host, which has to know it anyway.
