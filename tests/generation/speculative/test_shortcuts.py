@@ -12,7 +12,7 @@ from hf_argen.generation.cache import PreallocatedCache
 from hf_argen.generation.decoding.speculative import acceptance
 from hf_argen.generation.decoding.speculative.draft_tree import DraftTree
 from hf_argen.generation.decoding.speculative.ngram import Occurrences
-from hf_argen.generation.predictors.masks import Pattern, View, additive, additive_of_nodes
+from hf_argen.generation.predictors.masks import Pattern, View, additive, additive_of_nodes, additive_on_host
 from hf_argen.generation.predictors.tree import NodeTree, closure
 from hf_argen.generation.transcript import Transcript
 
@@ -95,10 +95,25 @@ def test_masks_of_even_rows(batch, rows):
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [12, 15])  # 15: static memory is seen whole
+@pytest.mark.parametrize("starts", [[7, 7], [7, 4]])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("batch, rows", [(1, 2), (2, 2), (2, 4)])
+def test_masks_on_a_cpu(batch, rows, is_padded, starts, columns, dtype):
+    generator = torch.Generator().manual_seed(3)
+    ancestors = torch.rand(batch, 3, 5, generator=generator) < 0.5
+    hidden = torch.rand(rows, 4, generator=generator) < 0.5 if is_padded else None
+    view = View(torch.tensor(starts), columns, ancestors, hidden)
+    expected = additive(view.visible(Pattern(), rows), dtype)
+    found = additive_on_host(starts, columns, ancestors, hidden, rows, dtype)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_positions_that_are_moved_together(own):
     torch.manual_seed(0)
-    keys = torch.randn(3, 2, 2, 9, 4)  # of three layers, two rows
+    keys = torch.randn(3, 4, 2, 9, 4)  # of three layers, two rows and their unconditional ones
     caches = [PreallocatedCache(3, 9 if own else 12) for _ in range(2)]
     for cache in caches:
         for i, layer in enumerate(keys):
@@ -107,9 +122,12 @@ def test_positions_that_are_moved_together(own):
         if own:  # a layer that has grown has memory of its own
             cache.layers[1]._grow(20)
         assert (cache._as_one() is None) == own
-    caches[0].pack(torch.tensor([4, 6, 7]), 4)
-    caches[1].move(torch.tensor([[4, 6, 7]] * 2), torch.tensor([[4, 5, 6]] * 2))
-    keys[..., 4:7, :] = keys[..., [4, 6, 7], :].clone()
+    places = [[4, 6, 7], [5, 6, 8]]
+    for row, source in enumerate(places):
+        caches[0].pack(torch.tensor(source), 4, row, every=2)
+    caches[1].move(torch.tensor(places * 2), torch.tensor([[4, 5, 6]] * 4))
+    for row in range(4):
+        keys[:, row, :, 4:7] = keys[:, row][:, :, places[row % 2]]
     for cache in caches:
         for layer, expected in zip(cache.layers, keys, strict=True):
             assert torch.equal(layer.keys[:, :, :9], expected)

@@ -86,7 +86,10 @@ def test_opt_tree_as_recorded(trial):
     for i, (tokens, _) in enumerate(drafter.calls):
         assert torch.equal(tokens[0], tensors[f"call{i}_input_ids"])
     last = f"call{calls - 1}_"
-    assert tensors[f"{last}is_final"] and len(drafter.calls) == calls - 1 == tensors["depth"] - 1
+    # The authors draft one level more, to see what it would add, and leave it out.
+    assert (
+        tensors[f"{last}is_final"] and len(drafter.calls) == calls - 2 and tree.depth == tensors["depth"] - 1
+    )
     assert torch.equal(tree.tokens[0], tensors[f"{last}input_ids"])
     own = torch.arange(tree.size)
     assert torch.equal(torch.where(tree.parents[0] < 0, own, tree.parents[0]), tensors[f"{last}parent_last"])

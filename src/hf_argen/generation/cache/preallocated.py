@@ -120,11 +120,11 @@ class PreallocatedLayer(CacheLayerMixin):
             )
             write(*moved, self.keys, self.values, target, 0)
 
-    def pack(self, source: torch.Tensor, start: int) -> None:
-        """Copies the positions `source` (n,), the same for all rows, to `start` and after."""
+    def pack(self, source: torch.Tensor, start: int, row: int = 0, every: int = 1) -> None:
+        """Copies the positions `source` (n,) to `start` and after, in `row` and each row that is `every` rows further."""
         if self.is_initialized:
             source = source.to(self.keys.device)
-            for tensor in (self.keys, self.values):
+            for tensor in (self.keys[row::every], self.values[row::every]):
                 tensor.narrow(2, start, len(source)).copy_(tensor.index_select(2, source))
 
     def _grow(self, needed: int) -> None:
@@ -301,11 +301,11 @@ class PreallocatedCache(Cache):
         for layer in self.layers if one is None else [one]:
             layer.move(source, target)
 
-    def pack(self, source: torch.Tensor, start: int) -> None:
+    def pack(self, source: torch.Tensor, start: int, row: int = 0, every: int = 1) -> None:
         """Copies positions to others next to each other, in every layer; see [`PreallocatedLayer`]."""
         one = self._as_one()
         for layer in self.layers if one is None else [one]:
-            layer.pack(source, start)
+            layer.pack(source, start, row, every)
 
     def _as_one(self) -> PreallocatedLayer | None:
         return None if self._common is None else self._common.as_one(self.layers)

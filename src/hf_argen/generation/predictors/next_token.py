@@ -9,7 +9,7 @@ from ...kernels import tree_attention
 from ..cache import PreallocatedCache
 from ..guidance import Combiner, Guidance, PairedLogits, SoftCFG
 from .base import Predictor
-from .masks import Pattern, View, additive, additive_of_nodes
+from .masks import Pattern, View, additive, additive_of_nodes, additive_on_host
 from .tree import NodeTree
 
 
@@ -325,6 +325,10 @@ class NextTokenPredictor(Predictor):
         """The additive mask (rows, 1, n, columns) of the last `n` nodes; one for each kind of layer."""
         rows = self.batch_size * (2 if self.is_guided else 1)
         patterns = self.patterns()
+        if patterns == Pattern() and self.length.device.type == "cpu":
+            starts = [self._prompt_length + length for length in self._lengths]
+            ancestors = self._nodes.ancestors(n, self.length.device)
+            return additive_on_host(starts, self._columns(), ancestors, self._hidden, rows, dtype)
         if patterns == Pattern() and self.is_even and self._hidden is None and not self.is_static:
             committed = self._prompt_length + self._lengths[0]
             return additive_of_nodes(committed, self._nodes.ancestors(n, self.length.device), rows, dtype)
@@ -357,23 +361,29 @@ class NextTokenPredictor(Predictor):
             count: (batch,) how many of them each row keeps; default: all.
         """
         width = self._nodes.size if keep is None else keep.shape[1]
-        if keep is not None:
-            if self.batch_size == 1 and not self.is_guided:
-                start = self._prompt_length + self._lengths[0]
-                self._cache.pack(keep[0].clamp(min=0) + start, start)
-            else:
-                starts = (self.length + self._prompt_length)[:, None]
-                target = starts + torch.arange(width, device=starts.device)
-                self._cache.move(self._paired(starts + keep.clamp(min=0)), self._paired(target))
         if count is None:
             kept = [width] * self.batch_size
-            self.length = self.length + width
         else:
             kept = count.tolist() if isinstance(count, torch.Tensor) else count
-            self.length = self.length + torch.as_tensor(count, device=self.length.device)
+        if keep is not None:
+            self._move(keep, kept)
+        self.length = self.length + (
+            width if count is None else torch.as_tensor(count, device=self.length.device)
+        )
         self._lengths = [length + more for length, more in zip(self._lengths, kept, strict=True)]
         self._nodes = NodeTree()
         self._cache.truncate(self._prompt_length + max(self._lengths))
+
+    def _move(self, keep: torch.Tensor, count: list[int]) -> None:
+        """Moves nodes `keep` (batch, k), `count` of each row, to where the committed positions of their rows end."""
+        if keep.device.type == "cpu" or (len(keep) == 1 and not self.is_guided):
+            for row, nodes in enumerate(keep):
+                start = self._prompt_length + self._lengths[row]
+                self._cache.pack(nodes[: count[row]] + start, start, row, self.batch_size)
+        else:
+            starts = (self.length + self._prompt_length)[:, None]
+            target = starts + torch.arange(keep.shape[1], device=starts.device)
+            self._cache.move(self._paired(starts + keep.clamp(min=0)), self._paired(target))
 
     def fork(self, n: int) -> None:
         self._select(torch.arange(self.batch_size, device=self.length.device).repeat_interleave(n))

@@ -17,7 +17,7 @@ class OptTree(Tree):
     Args:
         nodes: drafts of the tree.
         threshold: by how much the expected length has to grow for another level.
-        max_depth: levels that are drafted, at most; the tree has fewer, the last one only shows what it would add.
+        max_depth: one more than the levels of the tree, at most; the authors draft the last one only to see what it adds.
     """
 
     nodes: int = 50
@@ -37,7 +37,7 @@ class OptTree(Tree):
 
     @property
     def most_expanded(self) -> int:
-        return self.nodes * (self.max_depth - 1)
+        return self.nodes * max(self.max_depth - 2, 1)
 
     @property
     def most_depth(self) -> int:
@@ -45,41 +45,50 @@ class OptTree(Tree):
 
     def grow(self, drafter: Nodes, context: DraftContext, depth: int) -> DraftTree:
         values, tokens = drafter.root_best(self.nodes)
-        width = tokens.shape[1]
-        layers = [(tokens, values.exp(), torch.full_like(tokens, -1))]
-        expected = [0.0] * len(tokens)
-        levels = [0] * len(tokens)  # of each row's tree; 0: still growing
-        most = min(self.max_depth, depth + 1)
-        while True:
-            tokens, weights, parents = layers[-1]
-            fed = parents if len(layers) == 1 else parents + (len(layers) - 2) * width
-            values, ids = drafter.expand_best(tokens, fed, width)
+        width, device = tokens.shape[1], tokens.device
+        weights, parents = values.exp(), torch.full_like(tokens, -1)
+        rows = [_Drafts() for _ in tokens]
+        most = min(self.most_depth, depth)
+        for level in range(1, most + 1):
+            # Whether to go on is decided on the host, which has to know it anyway; so it may choose the drafts, too.
+            new = zip(rows, weights.tolist(), tokens.tolist(), parents.tolist(), strict=True)
+            for row, *drafts in new:
+                if row.grows:
+                    row.add(*drafts, self.nodes, self.threshold)
+            if level == most or not any(row.grows for row in rows):
+                break
+            values, ids = drafter.expand_best(tokens, parents, width)
             weights, place = (values.exp() * weights.unsqueeze(-1)).flatten(1).topk(width, dim=-1)
-            layers.append((ids.flatten(1).gather(1, place), weights, place // width))
-            known = torch.cat([layer[1] for layer in layers[:-1]], dim=1)
-            # Whether to go on is decided on the host, which has to know it anyway.
-            total = known.topk(min(self.nodes, known.shape[1]), dim=-1).values.sum(dim=-1).tolist()
-            for row, (now, before) in enumerate(zip(total, expected, strict=True)):
-                grows = now - before > self.threshold and len(layers) < most
-                levels[row] = levels[row] or (0 if grows else len(layers) - 1)
-            expected = total
-            if all(levels):
-                return self.selected(layers, torch.tensor(levels, device=tokens.device), width)
+            tokens = ids.flatten(1).gather(1, place)
+            parents = place // width + (level - 1) * width
+        count = min(self.nodes, *(len(row.weights) for row in rows))
+        chosen = torch.tensor([row.best(count) for row in rows], device=device)
+        return DraftTree(chosen[:, 0], level, chosen[:, 1], branching=width)
 
-    def selected(
-        self, layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], levels: torch.Tensor, width: int
-    ) -> DraftTree:
-        """The best drafts of the first `levels` (batch,) layers of each row, those of a layer together."""
-        depth = len(layers) - 1
-        tokens, weights, above = (torch.cat([layer[i] for layer in layers[:-1]], dim=1) for i in range(3))
-        layer = torch.arange(depth, device=tokens.device).repeat_interleave(width)
-        weights = torch.where(layer < levels[:, None], weights, -1.0)
-        kept = weights.topk(min(self.nodes, width * int(levels.min())), dim=-1).indices
-        kept = kept.gather(1, (kept // width).argsort(dim=-1))
-        parents = above.gather(1, kept) + (kept // width - 1) * width
-        is_parent = parents.unsqueeze(-1) == kept.unsqueeze(1)
-        place = is_parent.int().argmax(dim=-1)
-        parents = torch.where(
-            is_parent.any(dim=-1), place, -1
-        )  # -1 too where a tie has cost the parent its place
-        return DraftTree(tokens.gather(1, kept), depth, parents, branching=width)
+
+class _Drafts:
+    """All drafts of one row in order, level by level, and whether another level may follow."""
+
+    def __init__(self) -> None:
+        self.weights: list[float] = []  # the probability of the path to each of them
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.grows = True
+        self._expected = 0.0
+
+    def add(
+        self, weights: list[float], tokens: list[int], parents: list[int], nodes: int, threshold: float
+    ) -> None:
+        """A further level, the likeliest first; the parents are numbers among all drafts, or -1."""
+        self.weights += weights
+        self.tokens += tokens
+        self.parents += parents
+        expected = sum(sorted(self.weights, reverse=True)[:nodes])
+        self.grows = expected - self._expected > threshold
+        self._expected = expected
+
+    def best(self, count: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of the likeliest; no child is before its parent, which comes first where they are as likely."""
+        kept = sorted(sorted(range(len(self.weights)), key=self.weights.__getitem__, reverse=True)[:count])
+        place = {draft: i for i, draft in enumerate(kept)}
+        return [self.tokens[i] for i in kept], [place.get(self.parents[i], -1) for i in kept]
