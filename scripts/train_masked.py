@@ -3,7 +3,7 @@ Trains the small masked models of continuous tokens on which heads and decodings
 drawn from words, several tokens at a time.
 
 First a KL autoencoder of 8x8 latents on the 1,391 rendered emoji, which all share; then a text-conditional MAR on its
-latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` start from the
+latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` learn alone, on the
 transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. `drafter` is a smaller transformer with a smaller
 diffusion head, to draft for that model. A checkpoint is written every few minutes; a
 run that was killed goes on from the last one when the same command is given again, and ends as it would have without the
@@ -107,7 +107,7 @@ DECODING = {"type": "masked", "num_steps": 16}
 
 TOKENIZER_STAGE = Stage(epochs=40, learning_rate=1.4e-3, warmup_steps=200, weight_decay=0.0, batch_size=8)
 STAGE = Stage(epochs=120, learning_rate=2e-3, warmup_steps=100, weight_decay=0.02, batch_size=32, muon=True)
-LATER_STAGE = lasting(STAGE, 40)  # of heads that start from a trained transformer
+LATER_STAGE = lasting(STAGE, 40)  # of heads on a trained transformer
 
 
 def build_tokenizer() -> KlVaeModel:
@@ -141,8 +141,8 @@ def build_model(
 
 def trained_transformer(output: Path, head: str) -> Path | None:
     """
-    The folder of the model whose transformer a head starts from, if there was one when its run began; that is written down,
-    so that a run that goes on does so as it began.
+    The folder of the model on whose transformer a head learns, if there was one when its run began; that is written down, so
+    that a run that goes on does so as it began.
     """
     if head in ("diffusion", "drafter"):
         return None
@@ -198,6 +198,8 @@ def train(
     if start is not None:
         trained = MarForImageGeneration.from_pretrained(start, dtype=torch.float32)
         model.model.load_state_dict(trained.model.state_dict())
+        # It stays as it is: so heads differ in nothing else, and a step takes half the time.
+        model.model.requires_grad_(False)
     train_generator(model, processor, emoji, stage, options, options.output / f"training-{head}")
     return model, processor
 

@@ -45,9 +45,14 @@ def options(tmp_path_factory, monkeypatch):
 
 
 def test_models_are_trained_and_saved(script, emoji, options):
-    """The second starts from the transformer of the first, so they are one test, which no worker can split."""
+    """The second learns on the transformer of the first, so they are one test, which no worker can split."""
     for head in ("diffusion", "shortcut"):
         train_and_save(script, emoji, options, head)
+    first, second = (
+        AutoModelForImageGeneration.from_pretrained(options.output / f"emoji-mar-{head}").model.state_dict()
+        for head in ("diffusion", "shortcut")
+    )
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
 def train_and_save(script, emoji, options, head):
