@@ -113,14 +113,10 @@ def additive_on_host(
     if hidden is not None:
         prompt = hidden.shape[1]
         np.copyto(mask[..., :prompt], lowest, where=hidden.numpy()[:, None, None])
-    if len(of_nodes) == 1 and min(starts) == max(starts):
-        mask[:, 0, :, starts[0] : starts[0] + nodes] = of_nodes
-        mask[..., starts[0] + nodes :] = lowest
-    else:
-        for row in range(rows):
-            start = starts[row % len(starts)]
-            mask[row, 0, :, start : start + nodes] = of_nodes[row % len(of_nodes)]
-            mask[row, 0, :, start + nodes :] = lowest
+    for row in range(rows):
+        start = starts[row % len(starts)]
+        mask[row, 0, :, start : start + nodes] = of_nodes[row % len(of_nodes)]
+        mask[row, 0, :, start + nodes :] = lowest
     return torch.from_numpy(mask).to(dtype)
 
 

@@ -37,7 +37,7 @@ class OptTree(Tree):
 
     @property
     def most_expanded(self) -> int:
-        return self.nodes * max(self.max_depth - 2, 1)
+        return self.nodes * (self.max_depth - 2)
 
     @property
     def most_depth(self) -> int:
@@ -51,8 +51,7 @@ class OptTree(Tree):
         most = min(self.most_depth, depth)
         for level in range(1, most + 1):
             # Whether to go on is decided on the host, which has to know it anyway; so it may choose the drafts, too.
-            new = zip(rows, weights.tolist(), tokens.tolist(), parents.tolist(), strict=True)
-            for row, *drafts in new:
+            for row, *drafts in zip(rows, weights.tolist(), tokens.tolist(), parents.tolist(), strict=True):
                 if row.grows:
                     row.add(*drafts, self.nodes, self.threshold)
             if level == most or not any(row.grows for row in rows):
