@@ -77,19 +77,23 @@ def theirs(options: argparse.Namespace, folder: Path) -> Side:
     tokenizer, transformer = load_theirs(options.reference, options, folder)
     on_gpu = options.device == "cuda"
 
+    def latents(labels: torch.Tensor, steps: int) -> torch.Tensor:
+        with torch.autocast(options.device, torch.float16, enabled=on_gpu):
+            return transformer.sample_tokens(len(labels), steps, GUIDANCE, "linear", labels)
+
     def draw(labels: torch.Tensor, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         np.random.seed(seed)
+        found = latents(labels, options.steps)
         with torch.autocast(options.device, torch.float16, enabled=on_gpu):
-            latents = transformer.sample_tokens(len(labels), options.steps, GUIDANCE, "linear", labels)
-            return tokenizer.decode(latents / SCALE).clamp(-1, 1).add(1).mul(0.5)
+            return tokenizer.decode(found / SCALE).clamp(-1, 1).add(1).mul(0.5)
 
     parts = {
         "transformer": [(transformer, "forward_mae_encoder"), (transformer, "forward_mae_decoder")],
         "head": [(transformer.diffloss, "sample")],
         "pixels": [(tokenizer, "decode")],
     }
-    return Side("authors", torch.float16 if on_gpu else torch.float32, draw, parts)
+    return Side("authors", torch.float16 if on_gpu else torch.float32, draw, parts, step=latents)
 
 
 def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> Side:
@@ -97,19 +101,23 @@ def ours(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> Side:
     from hf_argen import MarForImageGeneration, Masked
 
     model = MarForImageGeneration.from_pretrained(folder, dtype=dtype).eval().to(options.device)
-    decoding = Masked(num_steps=options.steps, order="numpy")
+    model.head.num_sampling_steps = options.head_steps  # a kept folder may have others
+
+    def latents(labels: torch.Tensor, steps: int) -> torch.Tensor:
+        decoding = Masked(num_steps=steps, order="numpy")
+        return model.generate(labels, guidance_scale=GUIDANCE, decoding=decoding)
 
     def draw(labels: torch.Tensor, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         np.random.seed(seed)
-        return model.decode_images(model.generate(labels, guidance_scale=GUIDANCE, decoding=decoding))
+        return model.decode_images(latents(labels, options.steps))
 
     parts = {
         "transformer": [(model.model, "forward")],
         "head": [(model.head, "sample")],
         "pixels": [(model, "decode_images")],
     }
-    return Side(f"ours, {str(dtype).removeprefix('torch.')}", dtype, draw, parts)
+    return Side(f"ours, {str(dtype).removeprefix('torch.')}", dtype, draw, parts, step=latents)
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:

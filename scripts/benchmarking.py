@@ -8,6 +8,7 @@ the median of the ratios within a round.
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import resource
@@ -28,16 +29,29 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.utils import logging as transformers_logging
 
+from hf_argen.modeling.layers.linear import HAS_ONEDNN
+
 REST = "head and sampling"
 KINDS = {  # of operations, by what their name contains; the first that fits
     "convolutions": ("convolution", "conv2d"),
     "attention": ("scaled_dot_product", "flash_attention"),
-    "matrix products": ("addmm", "aten::mm", "bmm", "mkldnn_linear", "aten::mv", "addmv", "aten::dot"),
+    "matrix products": (
+        "addmm",
+        "aten::mm",
+        "bmm",
+        "mkldnn_linear",
+        "linear_pointwise",
+        "aten::mv",
+        "addmv",
+        "aten::dot",
+    ),
     "sampling": ("exponential_", "sort", "topk", "multinomial", "argmax", "cumsum", "scatter", "masked_fill"),
 }
 MATRIX_KINDS = ("matrix products", "attention", "convolutions")
 # What one token's matrix work calls.
 PRODUCTS = [(F, "linear"), (torch, "bmm"), (F, "scaled_dot_product_attention")]
+if HAS_ONEDNN:
+    PRODUCTS.append((torch.ops.mkldnn, "_linear_pointwise"))
 PRODUCT = "matrix work"
 OTHER = "norms, activations, copies"
 OUTSIDE = "Python, between operations"
@@ -46,11 +60,21 @@ OUTSIDE = "Python, between operations"
 def attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
 ):
-    """Of the CPU's attention, which torch's counter does not know."""
+    """Of the CPU's attention."""
     return sdpa_flop_count(query, key, value)
 
 
-ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+def linear_flops(states: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of oneDNN's product of states (..., inputs) and weights (outputs, inputs)."""
+    return 2 * math.prod(states) * weight[0]
+
+
+# What torch's counter does not know.
+UNKNOWN_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops
+}
+if HAS_ONEDNN:
+    UNKNOWN_FLOPS[torch.ops.mkldnn._linear_pointwise] = linear_flops
 
 
 def row(*cells: Any) -> None:
@@ -137,7 +161,8 @@ class Side:
         draw: (class labels (batch,), seed) to pictures (batch, 3, height, width) in [0, 1].
         parts: name -> the methods (object, attribute) whose time makes up that part; what is left is `REST`.
         weights: bytes that are read for each token of a next-token model.
-        step: the same as `draw` but for a few tokens, without pixels; see [`step_table`].
+        step: (class labels, number) to the first so many tokens, or a picture of so many steps, without pixels; it warms up,
+            and see [`step_table`].
     """
 
     name: str
@@ -225,7 +250,7 @@ def in_turn(sides: Sequence[Side], labels: torch.Tensor, rounds: int) -> dict[st
 
 def count_operations(side: Side, labels: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
     """Multiplications and additions of one drawing, by part and by kind (see `KINDS`)."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_FLOPS) as counter:
         with metered(side.parts, counter.get_total_flops) as spent:
             side.draw(labels, 0)
         spent[REST] = counter.get_total_flops() - sum(spent.values())

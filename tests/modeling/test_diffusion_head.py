@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from hf_argen.modeling.heads.diffusion import DiffusionHead, step_back
-from hf_argen.modeling.heads.noise_schedule import cosine_betas, noise_schedule, respaced
+from hf_argen.modeling.heads.noise_schedule import cosine_betas, noise_schedule, respaced, respaced_as
 from hf_argen.modeling.heads.registry import build_head
 
 from ..helpers.goldens import assert_close, golden
@@ -245,33 +245,31 @@ def test_number_of_steps_of_one_call():
 
 @torch.no_grad()
 def test_steps_with_a_stride():
-    """Another number of them has a stride, too, and leaves out the last training step as they do."""
+    """Any number of others begins where they do, so that the last training step is left out."""
     head, hidden = small_head(num_sampling_steps="ddim25"), torch.randn(1, 2, 6)
-    same = small_head(num_sampling_steps="ddim10")
-    drawn, expected = (
-        one.sample(hidden, num_steps=steps, generator=torch.Generator().manual_seed(0))
-        for one, steps in ((head, 10), (same, None))
-    )
-    assert torch.equal(drawn, expected) and head.calls == 10
-    assert [head.nearest_num_steps(count) for count in (1000, 499, 50, 49, 5, 2, 1)] == [
-        1000,
-        334,
-        50,
-        48,
-        5,
-        2,
-        1,
-    ]
-    for count in (1, 2, 48, 334):
+    assert respaced_as("ddim25") == respaced_as("ddim25", 25) == list(range(0, 1000, 40))
+    assert respaced_as("ddim25", 5) == [0, 240, 480, 720, 960] and respaced_as("ddim25", "ddim2") == [0, 500]
+    assert respaced_as("25", 5) == respaced(5)
+    for count in range(2, 962):
+        steps = respaced_as("ddim25", count)
+        assert (len(steps), steps[0], steps[-1]) == (count, 0, 960)
         head.check_num_steps(count)
-    with pytest.raises(ValueError, match="'ddim49'; no whole-number stride gives so many steps"):
-        head.check_num_steps(49)
-    with pytest.raises(ValueError, match="'ddim2000'; no whole-number stride"):
-        head.check_num_steps(head.nearest_num_steps(2000))
+    for count in (962, 2000):
+        with pytest.raises(
+            ValueError, match=f"is {count}; a training of 961 steps has 961 for {count} of them"
+        ):
+            head.check_num_steps(count)
+    drawn, expected = (
+        head.sample(hidden, num_steps=steps, generator=torch.Generator().manual_seed(0))
+        for steps in (25, None)
+    )
+    assert torch.equal(drawn, expected) and head.calls == 50
+    head.calls = 0
+    head.sample(hidden, num_steps=5)
+    assert head.calls == 5
     assert (head.sampling_steps, head.telling_steps) == (25, 25)
     plain = small_head(num_sampling_steps="25")
     assert (plain.sampling_steps, plain.telling_steps) == (25, 13)
-    assert plain.nearest_num_steps(49) == 49
 
 
 def test_respacing():

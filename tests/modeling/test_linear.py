@@ -1,4 +1,4 @@
-"""The product of few rows: what `nn.Linear` gives, by another way."""
+"""Products of large layers: what `nn.Linear` gives, by other ways."""
 
 import copy
 
@@ -34,11 +34,16 @@ def thin(monkeypatch):
 
 
 @pytest.fixture
-def threads():
-    """Sets the number of threads; the test's own comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+def onednn(monkeypatch):
+    """Shapes that went by oneDNN."""
+    seen, product = [], module.onednn_product
+
+    def noted(states, weight, bias):
+        seen.append(tuple(states.shape))
+        return product(states, weight, bias)
+
+    monkeypatch.setattr(module, "onednn_product", noted)
+    return seen
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -71,15 +76,34 @@ def test_several_layers_of_one_input(layer, thin):
     assert thin == [(2, 1, INPUTS)] * 2
 
 
-def test_four_rows_need_two_threads(layer, thin, threads):
-    states = torch.randn(4, 1, INPUTS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, INPUTS), (2, 3, INPUTS), (3, 1, 1, INPUTS, 64)])
+def test_more_rows_give_the_same(layer, thin, onednn, shape, bias):
+    """However they lie in memory."""
+    one = layer if bias else nn.Linear(INPUTS, OUTPUTS, bias=False)
+    states = torch.randn(shape)
+    if len(shape) > 3:
+        states = states.transpose(-1, -2)
     with torch.no_grad():
-        threads(1)
-        linear(layer, states)
-        assert not thin
-        threads(2)
-        torch.testing.assert_close(linear(layer, states), layer(states))
-    assert thin == [(4, 1, INPUTS)]
+        found, expected = linear(one, states), one(states)
+    assert onednn == [states.shape] and not thin
+    assert found.shape == expected.shape and found.is_contiguous()
+    assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
+
+
+def test_odd_outputs_of_few_rows_have_no_halves(thin, onednn):
+    one, states = nn.Linear(INPUTS, OUTPUTS + 1), torch.randn(2, INPUTS)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(one, states), one(states))
+    assert onednn == [(2, INPUTS)] and not thin
+
+
+def test_without_onednn(layer, onednn, monkeypatch):
+    monkeypatch.setattr(module, "HAS_ONEDNN", False)
+    states = torch.randn(5, INPUTS)
+    with torch.no_grad():
+        assert torch.equal(linear(layer, states), layer(states))
+    assert onednn == [(5, INPUTS)]
 
 
 class Adapted(nn.Linear):
@@ -89,7 +113,7 @@ class Adapted(nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_what_the_layer_does_itself(layer, thin):
+def test_what_the_layer_does_itself(layer, thin, onednn):
     few = torch.randn(2, INPUTS)
     transposed = nn.Linear(INPUTS, OUTPUTS)
     transposed.weight = nn.Parameter(torch.randn(INPUTS, OUTPUTS).t())
@@ -97,10 +121,8 @@ def test_what_the_layer_does_itself(layer, thin):
     replaced.forward = lambda states: F.linear(states, layer.weight)  # as accelerate does
     with torch.no_grad():
         for one, states in (
-            (layer, torch.randn(9, INPUTS)),
             (layer, torch.randn(0, INPUTS)),
             (nn.Linear(256, 256), torch.randn(2, 256)),
-            (nn.Linear(INPUTS, OUTPUTS + 1), few),
             (Adapted(INPUTS, OUTPUTS), few),
             (transposed, few),
             (replaced, few),
@@ -113,7 +135,7 @@ def test_what_the_layer_does_itself(layer, thin):
             assert linear(layer, few).dtype == torch.bfloat16
         with pytest.raises(RuntimeError):
             linear(layer, torch.randn(2, INPUTS + 1))
-    assert not thin
+    assert not thin and not onednn
 
 
 @pytest.mark.parametrize("method", ["register_forward_hook", "register_forward_pre_hook"])
@@ -146,15 +168,15 @@ class Caller(nn.Module):
 
 
 def test_compiled_products_go_by_it(layer):
-    """In one graph; rows that do not are products of the layer there, too."""
+    """In one graph."""
     compiled = torch.compile(lambda states: linear(layer, states), backend="eager", fullgraph=True)
-    for rows, name in ((2, "bmm"), (5, "addmm")):
+    for rows, name in ((2, "aten::bmm"), (5, "mkldnn::_linear_pointwise")):
         states = torch.randn(rows, INPUTS)
         with torch.no_grad():
             torch.testing.assert_close(compiled(states), layer(states))
             with torch.profiler.profile() as profile:
                 compiled(states)
-        assert f"aten::{name}" in {event.key for event in profile.key_averages()}
+        assert name in {event.key for event in profile.key_averages()}
 
 
 def test_an_exported_layer_is_one_for_any_rows(layer, thin):

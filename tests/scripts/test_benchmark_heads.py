@@ -70,6 +70,12 @@ def test_the_table_and_the_sheets(script, folders, tmp_path, monkeypatch, capsys
         with Image.open(tmp_path / f"{name}.png") as sheet:
             assert sheet.size == (8 * 64, 64)
 
+    # Without numbers, from the head's own to a tenth.
+    assert script.annealed(annealed, None) == annealed
+    head = script.AutoModelForImageGeneration.from_pretrained(folders / "flow").head
+    by_default = script.annealed({"type": "diffusion_step_annealing", "num_steps": 2}, head)
+    assert (by_default["most_head_steps"], by_default["least_head_steps"]) == (16, 1)
+
     # Given again, the same command measures nothing anew.
     monkeypatch.setattr(script.Bench, "measure", None)
     run(script, monkeypatch, *options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_argen.generation import compilation
+from hf_argen.modeling.layers import linear
 
 from ..helpers.tiny import tiny_llamagen, tiny_mar, tiny_var
 
@@ -131,12 +132,15 @@ def test_compiled(scripts, monkeypatch, capfd):
     assert Counter(steps) == expected
 
 
-def test_operations_are_counted_by_part_and_kind(scripts):
-    linear = torch.nn.Linear(8, 16)
+@pytest.mark.parametrize("least_weights", [0, linear.LEAST_WEIGHTS])
+def test_operations_are_counted_by_part_and_kind(scripts, monkeypatch, least_weights):
+    """Those of oneDNN, too."""
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", least_weights)
+    layer = torch.nn.Linear(8, 16)
 
     class Model:
         def inner(self):
-            return linear(torch.ones(4, 8))
+            return linear.linear(layer, torch.ones(4, 8))
 
         def draw(self, labels, seed):
             query = torch.ones(1, 1, 4, 8)

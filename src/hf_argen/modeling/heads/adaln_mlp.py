@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from ..layers.linear import linear
 from ..layers.precision import suited
 
 FREQUENCIES = 256  # sines and cosines together
@@ -48,11 +49,11 @@ class ModulatedBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, activated: torch.Tensor, shift_scale: float = 1.0
     ) -> torch.Tensor:
-        shift, scale, gate = self.modulation(activated).chunk(3, dim=-1)
+        shift, scale, gate = linear(self.modulation, activated).chunk(3, dim=-1)
         if shift_scale != 1.0:
             shift = shift_scale * shift
         inner = self.norm(hidden_states) * (1 + scale) + shift
-        return hidden_states + gate * self.fc2(F.silu(self.fc1(inner)))
+        return hidden_states + gate * linear(self.fc2, F.silu(linear(self.fc1, inner)))
 
 
 class ModulatedOutput(nn.Module):
@@ -65,7 +66,7 @@ class ModulatedOutput(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
 
     def forward(self, hidden_states: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.modulation(activated).chunk(2, dim=-1)
+        shift, scale = linear(self.modulation, activated).chunk(2, dim=-1)
         normed = F.layer_norm(hidden_states, (self.width,), eps=NORM_EPS)
         return self.linear(normed * (1 + scale) + shift)
 

@@ -8,7 +8,7 @@ import torch
 from ...generation.sampling import Generators
 from .adaln_mlp import AdaLNMLP
 from .continuous import ContinuousHead, check_sizes, per_row
-from .noise_schedule import TRAINING_STEPS, NoiseSchedule, noise_schedule, respaced, step_back
+from .noise_schedule import TRAINING_STEPS, NoiseSchedule, noise_schedule, respaced, respaced_as, step_back
 from .reverse_process import ReverseProcess, guided_step_back
 
 HALF_STEP = 1 / 255  # of the brightness scale for which the likelihood of the first step was made
@@ -126,20 +126,7 @@ class DiffusionHead(ContinuousHead):
         return len(steps) if steps[-1] < TRAINING_STEPS - 1 else -(-len(steps) // 2)
 
     def check_num_steps(self, num_steps: int) -> None:
-        respaced(self.spaced(num_steps))
-
-    def spaced(self, num_steps: int | str | None) -> int | str:
-        """Steps in the form that [`respaced`] takes; a number of them is spaced as the head's own are."""
-        if num_steps is None:
-            return self.num_sampling_steps
-        has_stride = str(self.num_sampling_steps).startswith("ddim") and isinstance(num_steps, int)
-        return f"ddim{num_steps}" if has_stride and num_steps > 1 else num_steps
-
-    def nearest_num_steps(self, num_steps: int) -> int:
-        if num_steps > TRAINING_STEPS or not str(self.spaced(num_steps)).startswith("ddim"):
-            return num_steps
-        counts = {-(-TRAINING_STEPS // stride) for stride in range(1, TRAINING_STEPS)}
-        return max(count for count in counts if count <= num_steps)
+        respaced_as(self.num_sampling_steps, num_steps)
 
     def draw(
         self,
@@ -155,9 +142,9 @@ class DiffusionHead(ContinuousHead):
         The start noise is not scaled by the temperature, what is added at each step is.
 
         Args:
-            num_steps: in place of `num_sampling_steps`.
+            num_steps: in place of `num_sampling_steps`, see [`respaced_as`].
         """
-        process = noise_schedule(self.spaced(num_steps), hidden.device)
+        process = noise_schedule(self.num_sampling_steps, hidden.device, num_steps)
         batch, n = len(hidden) // (1 if guidance is None else 2), hidden.shape[1]
         shape = (batch, n, self.token_size)
         start = self.normal(shape, hidden, generator, do_sample)
@@ -212,7 +199,7 @@ class DiffusionHead(ContinuousHead):
 
         Args:
             hidden, guidance, temperature: see `sample`.
-            num_steps: in place of `num_sampling_steps`.
+            num_steps: in place of `num_sampling_steps`, see [`respaced_as`].
 
         Returns:
             a process of batch * n rows.
@@ -221,7 +208,7 @@ class DiffusionHead(ContinuousHead):
             ValueError: as `sample`.
         """
         guidance = self.checked_guidance(hidden, guidance, temperature)
-        process = noise_schedule(self.spaced(num_steps), hidden.device)
+        process = noise_schedule(self.num_sampling_steps, hidden.device, num_steps)
         times = self.net.embed_times(process.timesteps)
         condition = self.net.embed_condition(hidden).flatten(0, 1)
         return ReverseProcess(self, process, times, condition, guidance, temperature)

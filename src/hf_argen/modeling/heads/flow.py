@@ -88,6 +88,11 @@ class FlowHead(ContinuousHead):
     def sample_options(cls) -> set[str]:
         return {"num_steps", "solver"}
 
+    @property
+    def sampling_steps(self) -> int:
+        """How many steps are taken where none are named."""
+        return self.num_sampling_steps
+
     def check_num_steps(self, num_steps: int) -> None:
         check_sizes(self.head_type, num_steps=num_steps)
 

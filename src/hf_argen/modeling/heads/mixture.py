@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from ...generation import sampling
 from ...generation.sampling import Generators
+from ..layers.linear import linear, linears
 from ..layers.mlp import MLP
 from ..layers.modulation import AdaLNModulation, AdaLNOutput, modulated_norm
 from ..layers.precision import suited
@@ -72,8 +73,8 @@ class InnerLayer(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(dim=2)
         normed = modulated_norm(states, scale_attn, shift_attn, NORM_EPS)
         query, key, value = (
-            proj(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projected in linears(normed, self.q_proj, self.k_proj, self.v_proj)
         )
         if past is not None:
             if past:
@@ -85,7 +86,7 @@ class InnerLayer(nn.Module):
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(later, -torch.inf)
         attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-        states = states + gate_attn * self.o_proj(attended.transpose(1, 2).flatten(2))
+        states = states + gate_attn * linear(self.o_proj, attended.transpose(1, 2).flatten(2))
         normed = modulated_norm(states, scale_mlp, shift_mlp, NORM_EPS)
         return states + gate_mlp * self.mlp(normed)
 

@@ -54,6 +54,18 @@ def respaced(num_steps: int | str, training_steps: int = TRAINING_STEPS) -> list
     return steps
 
 
+def respaced_as(own: int | str, num_steps: int | str | None = None) -> list[int]:
+    """
+    As [`respaced`], the steps of a head whose own are `own`: these, or as many as `num_steps` says. Where its own have a
+    stride, which leaves out the end of the process, a number of others goes evenly from where they begin.
+    """
+    if num_steps is None:
+        return respaced(own)
+    if isinstance(num_steps, int) and str(own).startswith("ddim"):
+        return respaced(num_steps, respaced(own)[-1] + 1)
+    return respaced(num_steps)
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """
@@ -96,15 +108,15 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> np.ndarray:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=256)
-def noise_schedule(num_steps: int | str, device: torch.device) -> NoiseSchedule:
+def noise_schedule(own: int | str, device: torch.device, num_steps: int | str | None = None) -> NoiseSchedule:
     """
     The process of so many steps.
 
     Args:
-        num_steps: see [`respaced`].
+        own, num_steps: see [`respaced_as`].
         device: of the constants.
     """
-    kept = respaced(num_steps)
+    kept = respaced_as(own, num_steps)
     left = np.cumprod(1.0 - cosine_betas())[kept]
     left_before = np.append(1.0, left[:-1])
     betas = 1 - left / left_before
