@@ -167,9 +167,10 @@ class Caller(nn.Module):
         return linear(self.layer, states)
 
 
-def test_compiled_products_go_by_it(layer):
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_products_go_by_it(layer, backend):
     """In one graph."""
-    compiled = torch.compile(lambda states: linear(layer, states), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda states: linear(layer, states), backend=backend, fullgraph=True)
     for rows, name in ((2, "aten::bmm"), (5, "mkldnn::_linear_pointwise")):
         states = torch.randn(rows, INPUTS)
         with torch.no_grad():

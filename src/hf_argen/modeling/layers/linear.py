@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...kernels.library import NAMESPACE
+
 LEAST_WEIGHTS = 2**19  # a cache holds models with smaller layers, and there the plain product is faster
 MOST_THIN_ROWS = 3
 # For float32 PyTorch calls MKL, though it brings oneDNN, which is faster on large layers.
@@ -106,4 +108,17 @@ def onednn_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     """states (..., inputs) @ weight.T + bias by oneDNN, where this PyTorch has it."""
     if not HAS_ONEDNN:
         return F.linear(states, weight, bias)
+    if torch.compiler.is_compiling():
+        return _onednn_operation(states, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+# The compiler knows oneDNN's own operation for constant weights alone.
+@torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=())
+def _onednn_operation(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+@_onednn_operation.register_fake
+def _onednn_output(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return states.new_empty((*states.shape[:-1], weight.shape[0]))
