@@ -129,7 +129,7 @@ def sides(options: argparse.Namespace) -> list[tuple[str, Any]]:
                     lambda folder, dtype=dtype, mode=mode: ours(options, folder, dtype, mode),
                 )
             )
-    return found
+    return found + benchmarking.mkl_sides(options, lambda *given: ours(*given, ""))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:

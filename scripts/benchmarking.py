@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers.utils import logging as transformers_logging
 
-from hf_argen.modeling.layers.linear import HAS_ONEDNN
+from hf_argen.modeling.layers import linear
 
 REST = "head and sampling"
 KINDS = {  # of operations, by what their name contains; the first that fits
@@ -50,7 +50,7 @@ KINDS = {  # of operations, by what their name contains; the first that fits
 MATRIX_KINDS = ("matrix products", "attention", "convolutions")
 # What one token's matrix work calls.
 PRODUCTS = [(F, "linear"), (torch, "bmm"), (F, "scaled_dot_product_attention")]
-if HAS_ONEDNN:
+if linear.HAS_ONEDNN:
     PRODUCTS.append((torch.ops.mkldnn, "_linear_pointwise"))
 PRODUCT = "matrix work"
 OTHER = "norms, activations, copies"
@@ -73,7 +73,7 @@ def linear_flops(states: Sequence[int], weight: Sequence[int], *args: Any, **kwa
 UNKNOWN_FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops
 }
-if HAS_ONEDNN:
+if linear.HAS_ONEDNN:
     UNKNOWN_FLOPS[torch.ops.mkldnn._linear_pointwise] = linear_flops
 
 
@@ -509,7 +509,29 @@ def sides(
     for name in options.dtype:
         dtype = getattr(torch, name)
         found.append((f"ours, {name}", lambda folder, dtype=dtype: ours(options, folder, dtype)))
-    return found
+    return found + mkl_sides(options, ours)
+
+
+def mkl_sides(
+    options: argparse.Namespace, ours: Callable[[argparse.Namespace, Path, torch.dtype], Side]
+) -> list[tuple[str, Callable[[Path], Side]]]:
+    """With --mkl, name and loader of our float32 without oneDNN's products."""
+    if not options.mkl:
+        return []
+    return [("ours, float32 by MKL", lambda folder: by_mkl(ours(options, folder, torch.float32)))]
+
+
+def by_mkl(side: Side) -> Side:
+    """The side without oneDNN's products of large layers in float32."""
+
+    def draw(labels: torch.Tensor, seed: int) -> torch.Tensor:
+        before, linear.HAS_ONEDNN = linear.HAS_ONEDNN, False
+        try:
+            return side.draw(labels, seed)
+        finally:
+            linear.HAS_ONEDNN = before
+
+    return replace(side, name=f"{side.name} by MKL", draw=draw, step=None)
 
 
 def same_pictures(base: Side, other: Side, labels: torch.Tensor) -> None:
@@ -528,6 +550,9 @@ def parser(description: str, batches: Sequence[int]) -> argparse.ArgumentParser:
         "--batch", type=int, nargs="+", default=list(batches), help="pictures that are drawn at once"
     )
     made.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    made.add_argument(
+        "--mkl", action="store_true", help="also our float32 without oneDNN's products of large layers"
+    )
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--threads", type=int, default=os.cpu_count())
     made.add_argument(

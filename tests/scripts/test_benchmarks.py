@@ -105,10 +105,16 @@ def test_llamagen(scripts, monkeypatch, capfd, tmp_path):
 
 def test_mar(scripts, monkeypatch, capfd, tmp_path):
     more = ("--layers", "1", "--steps", "2", "--head-steps", "2", "--no-memory", "--no-kinds")
-    tiny(scripts, monkeypatch, "mar", *more, "--folder", str(tmp_path))
-    (timed,) = cells(capfd.readouterr().out, "ours, float32")
+    seen, product = [], linear.onednn_product
+    noted = lambda *given: seen.append(linear.HAS_ONEDNN) or product(*given)  # noqa: E731
+    monkeypatch.setattr(linear, "onednn_product", noted)
+    monkeypatch.setattr(linear, "HAS_ONEDNN", True)
+    tiny(scripts, monkeypatch, "mar", *more, "--folder", str(tmp_path), "--mkl")
+    printed = capfd.readouterr().out
+    (timed,), (by_mkl,) = cells(printed, "ours, float32"), cells(printed, "ours, float32 by MKL")
     total, *parts = map(number, [timed[1], *timed[3:7]])
     assert timed[2] == "1.00" and abs(sum(parts) - total) < 0.03 and min(parts[:3]) > 0
+    assert number(by_mkl[1]) > 0 and set(seen) == {True, False} and linear.HAS_ONEDNN
 
 
 def test_compiled(scripts, monkeypatch, capfd):
