@@ -190,8 +190,8 @@ class Timing:
 
 
 @contextlib.contextmanager
-def wrapped(functions: Sequence[tuple[Any, str, Callable[[Callable], Callable]]]) -> Iterator[None]:
-    """Within the `with` block, each (owner, name, wrap) is what `wrap` makes of the owner's function of that name."""
+def wrapped(functions: Sequence[tuple[Any, str, Callable[[Any], Any]]]) -> Iterator[None]:
+    """Within the `with` block, each (owner, name, wrap) is what `wrap` makes of what the owner has under that name."""
     kept = [(owner, name, vars(owner).get(name)) for owner, name, _ in functions]
     for owner, name, wrap in functions:
         setattr(owner, name, wrap(getattr(owner, name)))
@@ -525,11 +525,8 @@ def by_mkl(side: Side) -> Side:
     """The side without oneDNN's products of large layers in float32."""
 
     def draw(labels: torch.Tensor, seed: int) -> torch.Tensor:
-        before, linear.HAS_ONEDNN = linear.HAS_ONEDNN, False
-        try:
+        with wrapped([(linear, "HAS_ONEDNN", lambda _: False)]):
             return side.draw(labels, seed)
-        finally:
-            linear.HAS_ONEDNN = before
 
     return replace(side, name=f"{side.name} by MKL", draw=draw, step=None)
 

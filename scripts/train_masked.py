@@ -6,7 +6,8 @@ First a KL autoencoder of 8x8 latents on the 1,391 rendered emoji, which all sha
 latents and the captions of `hf_argen.data.emoji`, with the head that is asked for. Heads other than `diffusion` learn
 alone, on the transformer that was trained with it, where OUTPUT/emoji-mar-diffusion exists. `drafter` is a smaller
 transformer with a smaller diffusion head, to draft for that model. A checkpoint is written every few minutes; a run that
-was killed goes on from the last one when the same command is given again, and ends as it would have without the kill. Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
+was killed goes on from the last one when the same command is given again, and ends as it would have without the kill.
+Sheets of reconstructions and of drawn prompts are written beside the checkpoints while it trains.
 
     python scripts/train_masked.py diffusion --text-encoder checkpoints/emoji-rar --output runs/emoji-masked
     python scripts/train_masked.py flow --output runs/emoji-masked

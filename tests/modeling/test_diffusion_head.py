@@ -249,7 +249,7 @@ def test_steps_with_a_stride():
     head, hidden = small_head(num_sampling_steps="ddim25"), torch.randn(1, 2, 6)
     assert respaced_as("ddim25") == respaced_as("ddim25", 25) == list(range(0, 1000, 40))
     assert respaced_as("ddim25", 5) == [0, 240, 480, 720, 960] and respaced_as("ddim25", "ddim2") == [0, 500]
-    assert respaced_as("25", 5) == respaced(5)
+    assert respaced_as("25", 5) == respaced(5) and respaced_as("ddim25", "30") == respaced(30)
     for count in range(2, 962):
         steps = respaced_as("ddim25", count)
         assert (len(steps), steps[0], steps[-1]) == (count, 0, 960)

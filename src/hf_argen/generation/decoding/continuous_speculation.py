@@ -178,9 +178,8 @@ class Speculation:
     def steps_back(self, head: Any, hidden: torch.Tensor, weights: torch.Tensor | None) -> Any:
         """The steps of a head, as many as the model's head takes, from hidden states (passes * batch, steps, width, dim)."""
         weights = None if weights is None else weights.flatten()
-        return head.reverse_process(
-            hidden.flatten(0, 1), weights, self.temperature, self.head.num_sampling_steps
-        )
+        steps = str(self.head.num_sampling_steps)  # text is taken as it stands, whatever the head's own
+        return head.reverse_process(hidden.flatten(0, 1), weights, self.temperature, steps)
 
     def aligned(self, process: Any, noise: torch.Tensor) -> torch.Tensor:
         """Where a head is after the steps whose noise is shared, (rows, token_size), from noise (rows, ...)."""

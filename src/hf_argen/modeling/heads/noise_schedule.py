@@ -57,7 +57,7 @@ def respaced(num_steps: int | str, training_steps: int = TRAINING_STEPS) -> list
 def respaced_as(own: int | str, num_steps: int | str | None = None) -> list[int]:
     """
     As [`respaced`], the steps of a head whose own are `own`: these, or as many as `num_steps` says. Where its own have a
-    stride, which leaves out the end of the process, a number of others goes evenly from where they begin.
+    stride, which leaves out the end of the process, a number of others goes evenly from where they begin; text stands as it is.
     """
     if num_steps is None:
         return respaced(own)

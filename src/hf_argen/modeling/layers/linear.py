@@ -108,17 +108,18 @@ def onednn_product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     """states (..., inputs) @ weight.T + bias by oneDNN, where this PyTorch has it."""
     if not HAS_ONEDNN:
         return F.linear(states, weight, bias)
-    if torch.compiler.is_compiling():
-        return _onednn_operation(states, weight, bias)
+    product = _compiled_onednn if torch.compiler.is_compiling() else _onednn
+    return product(states, weight, bias)
+
+
+def _onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
 # The compiler knows oneDNN's own operation for constant weights alone.
-@torch.library.custom_op(f"{NAMESPACE}::onednn_linear", mutates_args=())
-def _onednn_operation(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+_compiled_onednn = torch.library.custom_op(f"{NAMESPACE}::onednn_linear", _onednn, mutates_args=())
 
 
-@_onednn_operation.register_fake
+@_compiled_onednn.register_fake
 def _onednn_output(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return states.new_empty((*states.shape[:-1], weight.shape[0]))
